@@ -1,0 +1,13 @@
+"""Every function of the library is checked against its written shapes while the tests run."""
+from jaxtyping import install_import_hook
+
+UNCHECKED = {"raster", "cli", "_modidx"}  # compiled kernels, and signatures that typer reads
+
+
+def _modules():
+    from pathlib import Path
+    package = Path(__file__).parent.parent / "handrecon"
+    return [f"handrecon.{p.stem}" for p in package.glob("*.py") if p.stem not in UNCHECKED | {"__init__"}]
+
+
+install_import_hook(_modules(), "beartype.beartype")
