@@ -1,0 +1,41 @@
+# make reproduce   set up, then train and evaluate S²HAND on synthetic hands (under 15 minutes on 2 cores)
+# make test        set up, then every test
+# make lab         set up, then JupyterLab on the lessons
+# make env         the set-up alone
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+OUT    ?= runs/s2hand-quick
+
+.PHONY: help env system-libraries reproduce test lab clean
+help:
+	@sed -n 's/^# //p' Makefile
+
+env: $(READY)
+
+# torch first and by its exact version: a bare requirement would pull whatever build is newest.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt pip setuptools wheel
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -c 'import cv2' 2>/dev/null || $(MAKE) --no-print-directory system-libraries
+	@touch $@
+	@echo "ready: $$($(BIN)/python --version), torch $$($(BIN)/python -c 'import torch; print(torch.__version__)')"
+
+# OpenCV's wheel links against two system libraries that bare images lack.
+system-libraries:
+	apt-get update -qq && apt-get install -qq -y libgl1 libglib2.0-0
+
+reproduce: $(READY)
+	$(BIN)/handrecon reproduce s2hand --profile quick --out $(OUT) --resume
+
+test: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests
+
+lab: $(READY)
+	$(BIN)/jupyter lab --notebook-dir nbs
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
