@@ -1,7 +1,7 @@
 """Every function of the library is checked against its written shapes while the tests run."""
 from jaxtyping import install_import_hook
 
-UNCHECKED = {"raster", "cli", "_modidx"}  # compiled kernels, and signatures that typer reads
+UNCHECKED = {"raster", "contour", "fused", "cli", "_modidx"}  # compiled kernels, and signatures that typer reads
 
 
 def _modules():
