@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['axis_angle_to_matrix', 'axis_angle_to_quaternion', 'normalize_quaternion', 'quaternion_to_matrix',
-           'matrix_to_quaternion', 'quaternion_to_axis_angle', 'matrix_to_axis_angle', 'rotation_6d_to_matrix',
-           'matrix_to_rotation_6d', 'quaternion_multiply', 'quaternion_conjugate', 'quaternion_apply',
+           'quaternion_multiply', 'quaternion_conjugate', 'quaternion_apply', 'matrix_to_quaternion',
+           'quaternion_to_axis_angle', 'matrix_to_axis_angle', 'rotation_6d_to_matrix', 'matrix_to_rotation_6d',
            'quaternion_angle', 'rotation_angle', 'slerp', 'random_rotations']
 
 # %% ../nbs/01_rotation.ipynb #38520e03
@@ -13,14 +13,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# %% ../nbs/01_rotation.ipynb #f900ad75
-_SMALL = 1e-5  # below this squared angle the power series is exact to the last bit of float64
+# %% ../nbs/01_rotation.ipynb #1c843e44
+_SMALL = 1e-5  # below this squared angle three terms of the series are exact to the last bit of float64
 
 
 def _trig_ratio(
     x: Tensor,              # squared angle θ²
     exact,                  # θ -> f(θ), used where θ is not small
-    series: tuple[float, float, float],  # f = c₀ + c₁θ² + c₂θ⁴ + O(θ⁶)
+    series: tuple,          # f = c₀ + c₁θ² + c₂θ⁴ + O(θ⁶)
 ) -> Tensor:
     "An even function f(θ) evaluated from θ², with finite derivatives of all orders at θ = 0."
     small = x < _SMALL
@@ -28,12 +28,19 @@ def _trig_ratio(
     c0, c1, c2 = series
     return torch.where(small, c0 + x * (c1 + x * c2), exact(theta))
 
-# %% ../nbs/01_rotation.ipynb #1fcdf1bc
+# %% ../nbs/01_rotation.ipynb #ea7183e4
+def _expect(x: Tensor, *shape: int) -> Tensor:
+    "`x`, whose last dimensions must be `shape`."
+    if tuple(x.shape[-len(shape):]) != shape:
+        raise ValueError(f"expected a tensor of shape (…, {', '.join(map(str, shape))}), found {tuple(x.shape)}")
+    return x
+
+# %% ../nbs/01_rotation.ipynb #e4267bc6
 def axis_angle_to_matrix(
     v: Float[Tensor, "*B 3"],       # radians: direction is the axis, length is the angle
 ) -> Float[Tensor, "*B 3 3"]:
     "Rodrigues' formula R = cosθ·I + (sinθ/θ)·[v]× + ((1 − cosθ)/θ²)·v vᵀ. Smooth for every `v`."
-    x = (v * v).sum(-1)
+    x = (_expect(v, 3) * v).sum(-1)
     c = _trig_ratio(x, torch.cos, (1, -1 / 2, 1 / 24))
     a = _trig_ratio(x, lambda t: t.sin() / t, (1, -1 / 6, 1 / 120))[..., None]
     b = _trig_ratio(x, lambda t: 2 * ((t / 2).sin() / t) ** 2, (1 / 2, -1 / 24, 1 / 720))[..., None, None]
@@ -41,12 +48,12 @@ def axis_angle_to_matrix(
     off = torch.stack([c, -sz, sy, sz, c, -sx, -sy, sx, c], -1).unflatten(-1, (3, 3))
     return off + b * v[..., :, None] * v[..., None, :]
 
-# %% ../nbs/01_rotation.ipynb #bfdf13fb
+# %% ../nbs/01_rotation.ipynb #5a6d5730
 def axis_angle_to_quaternion(
     v: Float[Tensor, "*B 3"],       # radians
 ) -> Float[Tensor, "*B 4"]:         # unit, w first
     "q = (cos θ/2, (sin θ/2)/θ · v). Smooth for every `v`."
-    x = (v * v).sum(-1, keepdim=True)
+    x = (_expect(v, 3) * v).sum(-1, keepdim=True)
     w = _trig_ratio(x, lambda t: (t / 2).cos(), (1, -1 / 8, 1 / 384))
     k = _trig_ratio(x, lambda t: (t / 2).sin() / t, (1 / 2, -1 / 48, 1 / 3840))
     return torch.cat([w, k * v], -1)
@@ -62,12 +69,12 @@ def _normalize(
     x = torch.where(zero, fallback, x / torch.where(zero, 1.0, largest))
     return x / x.norm(dim=-1, keepdim=True)
 
-# %% ../nbs/01_rotation.ipynb #d377bc4b
+# %% ../nbs/01_rotation.ipynb #eefbd64d
 def normalize_quaternion(
     q: Float[Tensor, "*B 4"],       # any length
 ) -> Float[Tensor, "*B 4"]:         # unit; the zero quaternion gives the identity
     "Scale to unit length. Invariant to the length of `q`, however small or large."
-    return _normalize(q, q.new_tensor([1, 0, 0, 0]))
+    return _normalize(_expect(q, 4), q.new_tensor([1, 0, 0, 0]))
 
 # %% ../nbs/01_rotation.ipynb #2622339a
 def quaternion_to_matrix(
@@ -80,12 +87,44 @@ def quaternion_to_matrix(
         2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x),
         2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)], -1).unflatten(-1, (3, 3))
 
-# %% ../nbs/01_rotation.ipynb #2af737b4
+# %% ../nbs/01_rotation.ipynb #3438f7b1
+def quaternion_multiply(
+    a: Float[Tensor, "*#B 4"],      # w first
+    b: Float[Tensor, "*#B 4"],      # w first
+) -> Float[Tensor, "*B 4"]:
+    "Hamilton's product ab: the rotation b followed by a."
+    aw, ax, ay, az = a.unbind(-1)
+    bw, bx, by, bz = b.unbind(-1)
+    return torch.stack([
+        aw * bw - ax * bx - ay * by - az * bz,
+        aw * bx + ax * bw + ay * bz - az * by,
+        aw * by - ax * bz + ay * bw + az * bx,
+        aw * bz + ax * by - ay * bx + az * bw], -1)
+
+# %% ../nbs/01_rotation.ipynb #03eb2e59
+def quaternion_conjugate(
+    q: Float[Tensor, "*B 4"],
+) -> Float[Tensor, "*B 4"]:
+    "(w, −x, −y, −z): the inverse of a unit quaternion."
+    return q * q.new_tensor([1, -1, -1, -1])
+
+# %% ../nbs/01_rotation.ipynb #b799d081
+def quaternion_apply(
+    q: Float[Tensor, "*#B 4"],      # w first, any length
+    p: Float[Tensor, "*#B 3"],      # points
+) -> Float[Tensor, "*B 3"]:
+    "Rotate points: the vector part of q p q̄, written with two cross products."
+    w, u = normalize_quaternion(q).split((1, 3), -1)
+    u, p = torch.broadcast_tensors(u, p)
+    t = 2 * torch.linalg.cross(u, p)
+    return p + w * t + torch.linalg.cross(u, t)
+
+# %% ../nbs/01_rotation.ipynb #1658ec17
 def matrix_to_quaternion(
     R: Float[Tensor, "*B 3 3"],     # proper rotation
 ) -> Float[Tensor, "*B 4"]:         # unit, w >= 0
     "The quaternion of `R`: the longest row of 4qqᵀ, normalised. No square root of a difference, no branch without a gradient."
-    r00, r01, r02, r10, r11, r12, r20, r21, r22 = R.flatten(-2).unbind(-1)
+    r00, r01, r02, r10, r11, r12, r20, r21, r22 = _expect(R, 3, 3).flatten(-2).unbind(-1)
     rows = torch.stack([
         1 + r00 + r11 + r22, r21 - r12, r02 - r20, r10 - r01,
         r21 - r12, 1 + r00 - r11 - r22, r01 + r10, r02 + r20,
@@ -116,12 +155,12 @@ def matrix_to_axis_angle(
     "The rotation vector of `R`, by way of its quaternion: accurate to the last bits from 1e-30 radians up to π."
     return quaternion_to_axis_angle(matrix_to_quaternion(R))
 
-# %% ../nbs/01_rotation.ipynb #2cca71e7
+# %% ../nbs/01_rotation.ipynb #8b554cc8
 def rotation_6d_to_matrix(
     d: Float[Tensor, "*B 6"],       # two columns, any length and angle
 ) -> Float[Tensor, "*B 3 3"]:
-    "Gram-Schmidt on the two columns (Zhou et al. 2019, Eq. 15); degenerate input gives some proper rotation, never NaN."
-    a1, a2 = d.split(3, -1)
+    "Gram-Schmidt on the two columns (Zhou et al. 2019); degenerate input gives some proper rotation, never NaN."
+    a1, a2 = _expect(d, 6).split(3, -1)
     e = torch.eye(3, dtype=d.dtype, device=d.device)
     b1 = _normalize(a1, e[0])
     helper = e[b1.detach().abs().argmin(-1)]           # the coordinate axis furthest from b1
@@ -142,37 +181,6 @@ def matrix_to_rotation_6d(
 ) -> Float[Tensor, "*B 6"]:
     "The first two columns, one after the other."
     return R[..., :2].mT.flatten(-2)
-
-# %% ../nbs/01_rotation.ipynb #3438f7b1
-def quaternion_multiply(
-    a: Float[Tensor, "*#B 4"],      # w first
-    b: Float[Tensor, "*#B 4"],      # w first
-) -> Float[Tensor, "*B 4"]:
-    "Hamilton's product ab: the rotation b followed by a."
-    aw, ax, ay, az = a.unbind(-1)
-    bw, bx, by, bz = b.unbind(-1)
-    return torch.stack([
-        aw * bw - ax * bx - ay * by - az * bz,
-        aw * bx + ax * bw + ay * bz - az * by,
-        aw * by - ax * bz + ay * bw + az * bx,
-        aw * bz + ax * by - ay * bx + az * bw], -1)
-
-# %% ../nbs/01_rotation.ipynb #03eb2e59
-def quaternion_conjugate(
-    q: Float[Tensor, "*B 4"],
-) -> Float[Tensor, "*B 4"]:
-    "(w, −x, −y, −z): the inverse of a unit quaternion."
-    return q * q.new_tensor([1, -1, -1, -1])
-
-# %% ../nbs/01_rotation.ipynb #f2e7139a
-def quaternion_apply(
-    q: Float[Tensor, "*#B 4"],      # w first, any length
-    p: Float[Tensor, "*#B 3"],      # points
-) -> Float[Tensor, "*B 3"]:
-    "Rotate points: the vector part of q p q̄, written with two cross products."
-    w, u = normalize_quaternion(q).split((1, 3), -1)
-    t = 2 * torch.linalg.cross(u, p)
-    return p + w * t + torch.linalg.cross(u, t)
 
 # %% ../nbs/01_rotation.ipynb #b56fe33a
 def quaternion_angle(
@@ -199,11 +207,11 @@ def rotation_angle(
     "Geodesic distance between rotations: the angle of R0ᵀR1, without the arccosine that loses half the digits near 0 and π."
     return quaternion_angle(matrix_to_quaternion(R0), matrix_to_quaternion(R1))
 
-# %% ../nbs/01_rotation.ipynb #1f8b3bba
+# %% ../nbs/01_rotation.ipynb #ebc16e7b
 def slerp(
     q0: Float[Tensor, "*#B 4"],     # w first, any length
     q1: Float[Tensor, "*#B 4"],     # w first, any length
-    t: Float[Tensor, "*#B"] | float,  # 0 gives q0, 1 gives ±q1
+    t: Float[Tensor, "*#B"] | float | int,  # 0 gives q0, 1 gives ±q1
 ) -> Float[Tensor, "*B 4"]:
     "Constant-speed rotation along the shorter way: q0 · exp(t · log(q0⁻¹ q1))."
     q0 = normalize_quaternion(q0)
