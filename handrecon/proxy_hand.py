@@ -63,7 +63,7 @@ def proxy_hand(
     "The licence-free hand as a `HandModel`."
     return HandModel(proxy_hand_arrays(side), side=side, n_pca=n_pca, flat_hand_mean=flat_hand_mean)
 
-# %% ../nbs/03_proxy_hand.ipynb #01871c8a
+# %% ../nbs/03_proxy_hand.ipynb #60ac3858
 # Each row: index, middle, ring, little (MCP flexion, abduction towards the thumb, PIP flexion), then the thumb
 # (CMC x, y, z, MCP z, IP z), degrees. DIP follows PIP.
 POSTURES = {
@@ -71,23 +71,27 @@ POSTURES = {
     "spread":      (-5, 9, 0,    -5, 1, 0,    -5, -8, 0,   -5, -9, 0,    5, 25, 0, -10, -10),
     "together":    (2, -9, 4,    2, -2, 4,    2, 7, 4,     2, 18, 4,     10, -20, 5, 0, 5),
     "relaxed":     (15, -4, 25,  20, 0, 30,   25, 4, 32,   28, 10, 30,   25, 0, 0, 5, 15),
-    "fist":        (80, -6, 98,  85, 0, 98,   86, 6, 98,   86, 16, 95,   60, -12, 10, 15, 50),
+    "fist":        (80, -6, 98,  85, 0, 98,   86, 6, 98,   86, 16, 95,   79, -4, -8, -6, 80),
     "thumb up":    (78, -6, 98,  84, 0, 98,   86, 6, 98,   86, 16, 95,   0, 25, -10, -10, -10),
-    "point":       (0, 0, 3,     75, 0, 95,   80, 6, 95,   80, 16, 90,   60, -5, 5, 15, 45),
-    "two":         (0, 8, 2,     0, -6, 2,    78, 6, 95,   80, 16, 90,   70, -15, 10, 20, 45),
-    "three":       (0, 8, 2,     0, 0, 2,     0, -8, 2,    70, 10, 85,   75, -18, 10, 20, 40),
-    "four":        (0, 6, 2,     0, 0, 2,     0, -5, 2,    0, -8, 2,     70, -20, 15, 20, 45),
-    "pinch":       (45, -2, 48,  20, 0, 22,   14, 0, 18,   8, 0, 14,     62, 0, 5, 5, 20),
-    "tripod":      (45, -3, 45,  50, 2, 45,   55, 5, 70,   60, 12, 70,   65, -2, 5, 10, 25),
+    "point":       (0, 0, 3,     75, 0, 95,   80, 6, 95,   80, 16, 90,   78, 0, -15, 12, 72),
+    "two":         (0, 8, 2,     0, -6, 2,    78, 6, 95,   80, 16, 90,   88, -2, -11, 22, 92),
+    "three":       (0, 8, 2,     0, 0, 2,     0, -8, 2,    70, 10, 85,   88, -11, -3, 22, 59),
+    "four":        (0, 6, 2,     0, 0, 2,     0, -5, 2,    0, -8, 2,     88, -21, -16, 21, 65),
+    "pinch":       (42, -2, 38,  20, 0, 22,   14, 0, 18,   8, 0, 14,     64, 0, -4, -8, -2),
+    "pinch middle": (10, 2, 15,   45, 0, 41,   20, 0, 25,   15, 4, 20,   75, -6, 7, -5, -8),
+    "pinch ring":  (5, 2, 10,    15, 0, 20,   47, 4, 36,   25, 4, 30,   88, -5, 11, 0, -7),
+    "pinch little": (2, 4, 6,     5, 0, 10,    20, 0, 20,   54, 12, 15,  89, -10, 13, 2, -8),
+    "ring of thumb and index": (37, 4, 42,   10, 0, 10,   3, -3, 6,    -2, -6, 4,   60, -1, -6, -9, 0),
+    "tripod":      (44, -4, 40,  46, 2, 42,   55, 5, 70,   60, 12, 70,   70, -2, 2, -6, -2),
     "cylinder":    (40, -2, 50,  45, 0, 52,   48, 4, 52,   50, 10, 50,   60, 5, 0, 5, 25),
     "sphere":      (25, 6, 38,   28, 0, 40,   30, -4, 40,  30, -6, 38,   50, 15, 0, 5, 20),
     "hook":        (8, -4, 85,   8, 0, 88,    8, 4, 88,    8, 10, 85,    20, 0, 0, 5, 15),
     "table":       (75, -5, 8,   78, 0, 8,    78, 5, 8,    75, 14, 8,    25, -10, 5, 5, 10),
-    "horns":       (0, 4, 2,     78, 0, 95,   80, 4, 95,   0, -4, 4,     65, -15, 10, 20, 45),
+    "horns":       (0, 4, 2,     78, 0, 95,   80, 4, 95,   0, -4, 4,     84, 9, -20, 22, 92),
     "telephone":   (75, -6, 95,  80, 0, 95,   80, 6, 95,   0, -6, 4,     0, 28, -8, -12, -10),
     "gun":         (0, 0, 3,     78, 0, 95,   82, 6, 95,   82, 16, 90,   0, 22, -5, -8, -5),
     "claw":        (-5, 6, 70,   -5, 0, 72,   -5, -5, 72,  -5, -8, 68,   25, 20, 0, 5, 40),
-    "key":         (45, -5, 75,  55, 0, 80,   60, 5, 82,   62, 12, 80,   30, -18, 5, 5, 25),
+    "key":         (45, -5, 75,  55, 0, 80,   60, 5, 82,   62, 12, 80,   16, -18, -14, -6, 58),
 }
 
 # %% ../nbs/03_proxy_hand.ipynb #e5d85aae
@@ -99,13 +103,14 @@ def posture(
         raise ValueError(f"posture: expected one of {', '.join(POSTURES)}, found {name!r}")
     return _expand(torch.tensor([POSTURES[name]], dtype=torch.float32) * pi / 180)[0]
 
-# %% ../nbs/03_proxy_hand.ipynb #15de333b
+# %% ../nbs/03_proxy_hand.ipynb #7998d38f
 def _expand(
     controls: Float[Tensor, "n 17"],    # the columns of POSTURES, radians
 ) -> Float[Tensor, "n 45"]:
     "Controls to joints: the distal joint bends two thirds as far as the proximal one, as one tendon moves both."
     pose = controls.new_zeros(len(controls), 15, 3)
-    for first, column in ((0, 0), (3, 3), (9, 6), (6, 9)):
+    for first, column, turn in ((0, 0, 3), (3, 3, 0), (9, 6, -5), (6, 9, -18)):
+        pose[:, first, 0] = controls[:, column].clamp_min(0) * (turn / 90)      # bent fingers point at the scaphoid
         pose[:, first, 2] = controls[:, column]
         pose[:, first, 1] = controls[:, column + 1]
         pose[:, first + 1, 2] = controls[:, column + 2]
