@@ -180,7 +180,7 @@ def contour_pairs(screen, faces, index, depth):
         if counts.max(initial=0) <= capacity: return edges, counts, indices, values
         capacity = int(counts.max())
 
-# %% ../nbs/05b_contour.ipynb #72da6f21
+# %% ../nbs/05b_contour.ipynb #48702fd9
 class _Antialias(torch.autograd.Function):
     @staticmethod
     def forward(ctx, image, vertices, faces, K, face_index, depth, near):
@@ -198,9 +198,10 @@ class _Antialias(torch.autograd.Function):
     def backward(ctx, upstream):
         image, result = ctx.saved_tensors
         points = ctx.arrays[-2]
-        grad_image, grad_vertices = torch.empty(image.shape, dtype=image.dtype), torch.zeros(points.shape, dtype=image.dtype)
-        in_threads(blend_backward, len(image), *map(host, (image, result, upstream)), *ctx.arrays, grad_image.numpy(), grad_vertices.numpy())
-        return grad_image.to(image.device), grad_vertices.to(image.device), None, None, None, None, None
+        arrays = [host(t) for t in (image, result, upstream)]
+        grad_image, grad_vertices = np.empty_like(arrays[0]), np.zeros_like(points)
+        in_threads(blend_backward, len(image), *arrays, *ctx.arrays, grad_image, grad_vertices)
+        return torch.from_numpy(grad_image).to(image.device), torch.from_numpy(grad_vertices).to(image.device), None, None, None, None, None
 
 # %% ../nbs/05b_contour.ipynb #92cba67f
 def antialias(

@@ -207,7 +207,7 @@ def strips_of(images: int, size: tuple[int, int]) -> int:
     wanted = 1 if images >= 2 * threads else -(-4 * threads // images)
     return max(1, min(max(wanted, size[0] * size[1] // 2**18), size[0] // 16))
 
-# %% ../nbs/05_raster.ipynb #e9201988
+# %% ../nbs/05_raster.ipynb #805edbaa
 class _Rasterize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, vertices, faces, K, image_size, cull, near):
@@ -227,9 +227,10 @@ class _Rasterize(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, _, grad_depth, grad_barycentric):
         vertices, faces, K, *out = ctx.saved_tensors
-        gradient = torch.zeros(vertices.shape, dtype=vertices.dtype)
-        in_threads(_rasterize_backward, len(vertices), *map(host, (vertices, faces, K, *out, grad_depth, grad_barycentric)), gradient.numpy())
-        return gradient.to(vertices.device), None, None, None, None, None
+        arrays = [host(t) for t in (vertices, faces, K, *out, grad_depth, grad_barycentric)]
+        gradient = np.zeros_like(arrays[0])
+        in_threads(_rasterize_backward, len(vertices), *arrays, gradient)
+        return torch.from_numpy(gradient).to(vertices.device), None, None, None, None, None
 
 # %% ../nbs/05_raster.ipynb #cc316016
 NEAR = 1e-3  # metres

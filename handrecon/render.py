@@ -103,7 +103,7 @@ class Rendering(NamedTuple):
     depth: Float[Tensor, "B H W"]         # z at pixel centres, metres; 0 where nothing is seen
     fragments: Fragments
 
-# %% ../nbs/06_render.ipynb #b28bdc3b
+# %% ../nbs/06_render.ipynb #af16c306
 def render(
     vertices: Float[Tensor, "B V 3"],                     # camera axes, metres
     faces: Int[Tensor, "F 3"],                            # vertex indices, counter-clockwise seen from outside
@@ -117,12 +117,10 @@ def render(
 ) -> Rendering:
     "Picture, silhouette and depth of lit meshes; gradients reach vertices, texture, light and background."
     check_mesh(vertices, faces, K)
-    per_face = texture.shape[1] == len(faces)
-    if not per_face and texture.shape[1] != vertices.shape[1]:
+    if texture.shape[1] not in (len(faces), vertices.shape[1]):
         raise ValueError(f"texture must have a row for each of {vertices.shape[1]} vertices or {len(faces)} faces, found {texture.shape[1]}")
-    if light is not None:
-        texture = shade(texture, face_normals(vertices, faces) if per_face else vertex_normals(vertices, faces), light)
+    lamp = vertices.new_empty(0, 11) if light is None else torch.cat([part.reshape(len(vertices), -1) for part in light], 1)
     behind = vertices.new_empty(0, 3, 0, 0) if background is None else background
     image, alpha, depth, index, barycentric = FusedRender.apply(
-        vertices, texture, behind, faces, K.to(vertices.dtype), tuple(image_size), per_face, cull_back_faces, near)
+        vertices, texture, lamp, behind, faces, K.to(vertices.dtype), tuple(image_size), cull_back_faces, near)
     return Rendering(image, alpha, depth, Fragments(index, depth, barycentric))
