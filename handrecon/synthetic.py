@@ -4,36 +4,41 @@
 
 # %% auto #0
 __all__ = ['ARM_STATIONS', 'OVERSAMPLE', 'SyntheticConfig', 'palm_frame', 'sample_views', 'Hands', 'frame', 'sample_hands',
-           'default_hand', 'wrist_ring', 'tube_faces', 'forearm', 'superquadrics', 'occluders', 'Lamps', 'sample_lamps',
-           'openness', 'light_vertices', 'resolve', 'noise_fields', 'random_colours', 'paint_shapes', 'backgrounds',
-           'blur', 'develop', 'joint_visibility', 'make_batch']
+           'default_hand', 'wrist_ring', 'tube_faces', 'forearm', 'elbow_out_of_sight', 'superquadrics', 'occluders',
+           'Lamps', 'sample_lamps', 'openness', 'light_vertices', 'resolve', 'noise_fields', 'random_colours',
+           'paint_shapes', 'backgrounds', 'paste_neighbours', 'blur', 'develop', 'joint_visibility', 'make_batch',
+           'block_seed', 'SyntheticHands', 'freihand_parameters', 'write_freihand']
 
-# %% ../nbs/13_synthetic.ipynb #cdb59446
+# %% ../nbs/13_synthetic.ipynb #844879b3
+import errno
 import json
 import math
 import os
 import shutil
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+from tqdm import tqdm
 
 from .camera import project
 from .conventions import Observation, Truth
-from .keypoints import Detections, DetectorNoise, simulate_detections, write_s2hand_detections
+from .keypoints import DetectorNoise, shortest_decimals, simulate_detections, write_text_atomically
 from .mano import HandMesh, HandModel
 from .proxy_hand import proxy_hand, sample_poses, sample_shapes, sample_textures
 from .raster import Fragments, compiled, host, in_threads, rasterize
 from .render import vertex_normals
 from .rotation import axis_angle_to_matrix, matrix_to_axis_angle, random_rotations
 
-# %% ../nbs/13_synthetic.ipynb #16305368
+# %% ../nbs/13_synthetic.ipynb #07a97e44
 @dataclass(frozen=True)
 class SyntheticConfig:
     "What the pictures look like; together with the seed it determines them to the bit."
@@ -46,7 +51,7 @@ class SyntheticConfig:
     sleeve: float = 0.4                                 # … and of a sleeve on it
     occluder: float = 0.35                              # probability that things are in front of the hand
     distractor: float = 0.15                            # probability of another hand behind
-    blur: float = 0.5                                   # probability of defocus and motion blur
+    blur: float = 0.4                                   # probability of defocus and motion blur
     blur_length: float = 0.05                           # longest motion, fraction of the picture
     sensor_noise: float = 0.04                          # strongest noise, standard deviation at mid grey
     detector: DetectorNoise = DetectorNoise()
@@ -129,7 +134,7 @@ def frame(
     K[:, :2, 2] = size / 2
     return centre - (low + high) / 2, K
 
-# %% ../nbs/13_synthetic.ipynb #4e29627a
+# %% ../nbs/13_synthetic.ipynb #8934ceb9
 def sample_hands(
     n: int,
     generator: torch.Generator,
@@ -138,7 +143,7 @@ def sample_hands(
 ) -> Hands:
     "Plausible hands of many shapes, seen from anywhere."
     hand = hand or default_hand()
-    pose, shape = sample_poses(n, generator), sample_shapes(n, generator)
+    pose, shape = sample_poses(n, generator, side=hand.side), sample_shapes(n, generator)
     rest = hand(pose, shape)
     rotation = sample_views(n, generator, config.view_spread) @ palm_frame(rest.joints).mT
     wrist = rest.joints[:, :1]
@@ -178,7 +183,7 @@ def tube_faces(rings: int, around: int, start: int) -> Int[Tensor, "F 3"]:
 # %% ../nbs/13_synthetic.ipynb #76d2d8cb
 ARM_STATIONS = torch.tensor([-0.004, 0.01, 0.03, 0.07, 0.13, 0.22, 0.34])  # metres from the wrist
 
-# %% ../nbs/13_synthetic.ipynb #550607ce
+# %% ../nbs/13_synthetic.ipynb #1a6baf06
 def forearm(
     ring: Float[Tensor, "B R 3"],       # the wrist, metres
     axis: Float[Tensor, "B 3"],         # unit, from the hand to the elbow, at the wrist
@@ -196,8 +201,15 @@ def forearm(
     offset = (ring - centre[:, None])[:, None]                                  # (B, 1, R, 3)
     along = (offset * direction[:, :, None]).sum(-1, keepdim=True) * direction[:, :, None]
     across = offset - along * turned[:, :, None]
-    growth = width[:, None] * (1 + 3.2 * (station - 0.02).clamp_min(0) * torch.exp(-2.0 * station.clamp_min(0)))
+    growth = width[:, None] * (0.95 + 0.05 * turned[..., 0] + 3.2 * (station - 0.02).clamp_min(0) * torch.exp(-2.0 * station.clamp_min(0)))
     return (line[:, :, None] + growth[..., None, None] * across).flatten(1, 2)
+
+# %% ../nbs/13_synthetic.ipynb #18ca6c9e
+def elbow_out_of_sight(axis: Float[Tensor, "B 3"]) -> Float[Tensor, "B 3"]:
+    "What to add to an arm's direction that points at the camera."
+    nearer = (-axis[:, 2:]).clamp_min(0)
+    aside = F.normalize(axis * torch.tensor([1.0, 1.0, 0.0]) + torch.tensor([0.0, 1e-4, 0.0]), dim=-1)
+    return nearer * (0.8 * aside + torch.tensor([0.0, 0.0, 1.2]))
 
 # %% ../nbs/13_synthetic.ipynb #023de909
 _BLOB_RINGS, _BLOB_AROUND = 9, 12
@@ -363,7 +375,7 @@ def resolve(
                colour.numpy(), cover.numpy(), mask.numpy())
     return colour, cover, mask
 
-# %% ../nbs/13_synthetic.ipynb #1d2ad77f
+# %% ../nbs/13_synthetic.ipynb #c4e43198
 def noise_fields(
     n: int,
     channels: int,
@@ -372,7 +384,7 @@ def noise_fields(
     coarsest: int = 2,                # cells across
 ) -> Float[Tensor, "n channels size size"]:  # about zero mean and unit variance
     "Random grids from coarse to fine, each image with its own fall-off from clouds to grain: enlarge, add, enlarge, add, …"
-    roughness = _uniform(generator, (n, 1, 1, 1), 0.3, 1.1)
+    roughness = _uniform(generator, (n, 1, 1, 1), 0.2, 0.65)
     cells, total, power = coarsest, torch.zeros(n, channels, coarsest, coarsest), 0
     while True:
         total = total + roughness * torch.randn(total.shape, generator=generator)
@@ -455,6 +467,26 @@ def backgrounds(
     grain = torch.randn(n, 1, size, size, generator=g) * (_chance(g, n, 0.4) * _uniform(g, (n,), 0, 0.12))[:, None, None, None]
     return (image * (1 + grain)).clamp(0, 1)
 
+# %% ../nbs/13_synthetic.ipynb #b3cb9211
+def paste_neighbours(
+    behind: Float[Tensor, "B 3 S S"],   # changed in place
+    colour: Float[Tensor, "B 3 S S"],   # the batch's hands, colour × cover
+    cover: Float[Tensor, "B S S"],
+    generator: torch.Generator,
+    probability: float,
+) -> None:
+    "Put the next picture's hand behind this one's, in some of the pictures."
+    chosen = (_chance(generator, len(behind), probability) > 0).nonzero().flatten()
+    n = len(chosen)
+    if n == 0: return
+    angle, zoom = _uniform(generator, (n,), 0, 2 * torch.pi), _uniform(generator, (n,), 0.9, 2.2)
+    shift = _uniform(generator, (n, 2), -1.3, 1.3)
+    c, s = zoom * angle.cos(), zoom * angle.sin()
+    grid = F.affine_grid(torch.stack([c, -s, shift[:, 0], s, c, shift[:, 1]], 1).view(n, 2, 3), [n, 4, *cover.shape[1:]], align_corners=False)
+    other = torch.cat([colour, cover[:, None]], 1)[(chosen + 1) % len(behind)]
+    other = F.grid_sample(other, grid, align_corners=False)
+    behind[chosen] = behind[chosen] * (1 - other[:, 3:]) + other[:, :3]
+
 # %% ../nbs/13_synthetic.ipynb #495c9b81
 def blur(
     images: Float[Tensor, "B C H W"],
@@ -472,7 +504,7 @@ def blur(
     out = torch.fft.irfft2(torch.fft.rfft2(padded) * transfer[:, None], s=padded.shape[-2:])
     return out[..., pad:pad + height, pad:pad + width]
 
-# %% ../nbs/13_synthetic.ipynb #fb0f6213
+# %% ../nbs/13_synthetic.ipynb #782d869b
 def develop(
     images: Float[Tensor, "B 3 H W"],
     generator: torch.Generator,
@@ -480,28 +512,26 @@ def develop(
 ) -> Float[Tensor, "B 3 H W"]:          # 8-bit levels in [0, 1]
     "White balance, saturation, contrast, gamma, vignetting, shot and read noise, rounding to 8 bits."
     g, n = generator, len(images)
-    balance = torch.exp(0.08 * torch.randn(n, 3, 1, 1, generator=g))
-    saturation = _uniform(g, (n, 1, 1), 0.55, 1.3)
+    balance = torch.exp(0.06 * torch.randn(n, 3, 1, generator=g))
+    saturation = _uniform(g, (n, 1, 1), 0.6, 1.3)
     grey = torch.tensor([0.299, 0.587, 0.114])
-    mixing = saturation * torch.eye(3) + (1 - saturation) * grey                # rows sum to one
-    mixing = mixing * balance[..., 0]
-    images = (mixing @ images.flatten(2)).view_as(images)
-    gamma, gain = torch.exp(0.2 * torch.randn(n, 1, 1, 1, generator=g)), torch.exp(0.12 * torch.randn(n, 1, 1, 1, generator=g))
-    images = gain * images.clamp_min(1e-4) ** gamma
+    mixing = (saturation * torch.eye(3) + (1 - saturation) * grey) * balance       # rows of the bracket sum to one
+    gamma, gain = torch.exp(torch.tensor([0.2, 0.12]) * torch.randn(n, 2, generator=g)).T.view(2, n, 1, 1, 1)
+    images = (mixing @ images.flatten(2)).view_as(images).clamp_(min=1e-4).pow_(gamma).mul_(gain)
     x, y = _pixel_grid(images.shape[-1])
     dark = _chance(g, n, 0.3) * _uniform(g, (n,), 0, 0.4)
-    images = images * (1 - dark[:, None, None] * (x * x + y * y) / 2)[:, None]
+    images *= (1 - dark[:, None, None] * (x * x + y * y) / 2)[:, None]
     level = sensor_noise * _uniform(g, (n, 1, 1, 1)) ** 2
-    shot = level * (0.15 + 1.7 * images.clamp(0, 1)).sqrt()
-    noisy = images + shot * torch.randn(images.shape, generator=g)
-    return (noisy.clamp(0, 1) * 255).round() / 255
+    shot = images.clamp(0, 1).mul_(1.7).add_(0.15).sqrt_().mul_(level)              # variance: read noise + shot noise
+    images += shot.mul_(torch.randn(images.shape, generator=g))
+    return images.clamp_(0, 1).mul_(255).round_().div_(255)
 
 # %% ../nbs/13_synthetic.ipynb #9c7308d8
 OVERSAMPLE = 2  # fragments across a pixel
 
-# %% ../nbs/13_synthetic.ipynb #712dc030
+# %% ../nbs/13_synthetic.ipynb #a7bb2f1c
 @lru_cache(maxsize=4)
-def _scene_faces(hand_id: int, n_vertices: int, faces: tuple) -> tuple[Int[Tensor, "F 3"], tuple[int, ...]]:
+def _scene_faces(n_vertices: int, faces: tuple) -> tuple[Int[Tensor, "F 3"], tuple[int, ...]]:
     "Faces of hand, forearm, sleeve and two things in the way, and the wrist's ring."
     ring = wrist_ring(faces)
     parts, start = [torch.tensor(faces)], n_vertices
@@ -532,10 +562,10 @@ def joint_visibility(
     hidden = (face >= 0) & ~own & (in_front > 0)
     return (inside & ~hidden).float()
 
-# %% ../nbs/13_synthetic.ipynb #a66e2cc0
+# %% ../nbs/13_synthetic.ipynb #56c4ce6e
 def _albedo(n: int, g: torch.Generator, hand: HandModel) -> Float[Tensor, "n V 3"]:
     "Skin for this hand: the proxy's textures fit the proxy's vertices only, others get one colour."
-    textures = sample_textures(n, g)
+    textures = sample_textures(n, g, hand.side)
     same = hand.n_vertices == textures.shape[1] and torch.equal(hand.f, default_hand().f)
     return textures if same else textures.mean(1, keepdim=True).expand(-1, hand.n_vertices, -1)
 
@@ -552,16 +582,16 @@ def make_batch(
     with torch.no_grad():
         return _photograph(sample_hands(n, g, config, hand), g, config, hand)
 
-# %% ../nbs/13_synthetic.ipynb #80005c2e
+# %% ../nbs/13_synthetic.ipynb #af45e162
 def _photograph(hands: Hands, g: torch.Generator, config: SyntheticConfig, hand: HandModel) -> tuple[Observation, Truth]:
     "Dress, light, picture and detect the given hands."
     n, size, (vertices, joints) = len(hands.K), config.image_size, hands.mesh
-    faces, ring = _scene_faces(id(hand), hand.n_vertices, tuple(map(tuple, hand.f.tolist())))
+    faces, ring = _scene_faces(hand.n_vertices, tuple(map(tuple, hand.f.tolist())))
     albedo = _albedo(n, g, hand)
     wrist, skin = vertices[:, ring], albedo[:, ring].mean(1)
 
     axis = _unit(joints[:, 0] - joints[:, [5, 9, 13, 17]].mean(1))
-    bend = 0.45 * torch.randn(n, 3, generator=g)
+    bend = 0.45 * torch.randn(n, 3, generator=g) + elbow_out_of_sight(axis)
     arm_there = _chance(g, n, config.forearm)
     arm = forearm(wrist, axis, bend, torch.zeros(n), torch.ones(n)) * arm_there[:, None, None]
     sleeve = forearm(wrist, axis, bend, _uniform(g, (n,), 0.01, 0.12), _uniform(g, (n,), 1.12, 1.5))
@@ -571,7 +601,9 @@ def _photograph(hands: Hands, g: torch.Generator, config: SyntheticConfig, hand:
 
     thing_colours = random_colours(2 * n, g).view(n, 2, 3)
     thing_colours = torch.where(_chance(g, 2 * n, 0.15).view(n, 2, 1) > 0, skin[:, None], thing_colours)
-    arm_colour = skin[:, None] * (1 + 0.05 * torch.randn(n, arm.shape[1], 1, generator=g))
+    fade = torch.linspace(1, 0.2, len(ARM_STATIONS))[:, None, None]
+    arm_colour = torch.lerp(skin[:, None, None], albedo[:, ring][:, None], fade).flatten(1, 2)
+    arm_colour = arm_colour * (1 + 0.03 * torch.randn(n, arm.shape[1], 1, generator=g))
     colours = torch.cat([albedo, arm_colour, random_colours(n, g)[:, None].expand_as(sleeve),
                          thing_colours.repeat_interleave(things.shape[1] // 2, 1)], 1)
     normals = vertex_normals(scene, faces)
@@ -590,7 +622,8 @@ def _photograph(hands: Hands, g: torch.Generator, config: SyntheticConfig, hand:
 
     lit_skin = skin * _uniform(g, (n, 1), 0.6, 1.1)
     behind = backgrounds(n, size, lit_skin, g)
-    pores = 0.06 * _uniform(g, (n, 1, 1, 1)) * noise_fields(n, 1, size, g, size // 4)
+    paste_neighbours(behind, colour, cover, g, config.distractor)
+    pores = 0.04 * _uniform(g, (n, 1, 1, 1)) * noise_fields(n, 1, size, g, size // 4)
     image = colour * (1 + pores) + (1 - cover)[:, None] * behind
 
     blurred = _chance(g, n, config.blur)
@@ -606,3 +639,151 @@ def _photograph(hands: Hands, g: torch.Generator, config: SyntheticConfig, hand:
     xy = xy * (confidence > 0)[..., None]
     return (Observation(image, hands.K, xy, confidence),
             Truth(vertices, joints, keypoints, mask, hands.pose, hands.shape))
+
+# %% ../nbs/13_synthetic.ipynb #bfa05451
+def block_seed(*numbers: int) -> int:
+    "A 63-bit seed from several non-negative numbers; neighbours have nothing in common."
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+# %% ../nbs/13_synthetic.ipynb #0828cd69
+class SyntheticHands(torch.utils.data.Dataset):
+    "n pictures made when asked for: `hands[i]` one sample, `hands.batch_at(k)` block k, the same for the same (seed, config, block)."
+    def __init__(self, n: int, seed: int = 0, config: SyntheticConfig = SyntheticConfig(), block: int = 32, hand: HandModel | None = None):
+        if n < 1 or block < 1:
+            raise ValueError(f"SyntheticHands: expected at least one picture and one to a block, found n = {n}, block = {block}")
+        self.n, self.seed, self.config, self.block, self.hand = n, seed, config, block, hand
+        self._last = (-1, None)
+
+    def __len__(self) -> int: return self.n
+
+    def batch_at(self, index: int) -> tuple[Observation, Truth]:
+        "Block number `index`: any number, the data set begins again after its last whole block."
+        return make_batch(self.block, block_seed(self.seed, index % max(1, self.n // self.block)), self.config, self.hand)
+
+    def __getitem__(self, index: int) -> tuple[Observation, Truth]:
+        "Sample `index`, its tensors without the batch dimension."
+        if not 0 <= index < self.n:
+            raise IndexError(f"SyntheticHands: expected an index below {self.n}, found {index}")
+        number, row = divmod(index, self.block)
+        if self._last[0] != number:
+            self._last = number, make_batch(self.block, block_seed(self.seed, number), self.config, self.hand)
+        return tuple(type(part)(*(getattr(part, f)[row] for f in part.__dataclass_fields__)) for part in self._last[1])
+
+# %% ../nbs/13_synthetic.ipynb #efc93ab1
+def freihand_parameters(
+    hands: Truth,
+    K: Float[Tensor, "B 3 3"],
+    rotation: Float[Tensor, "B 3"],      # axis-angle of the whole hand about its wrist
+    mean_pose: Float[Tensor, "45"],
+) -> Float[Tensor, "B 61"]:
+    "FreiHAND's MANO vector: rotation, pose without the mean pose, shape, and the root as (u, v, scale)."
+    root = hands.joints[:, 9]
+    scale = (K[:, 0, 0] + K[:, 1, 1])[:, None] / (2 * root[:, 2:])
+    uv = K[:, :2, 2] + root[:, :2] * scale
+    return torch.cat([rotation, hands.pose - mean_pose, hands.shape, uv, scale], 1)
+
+# %% ../nbs/13_synthetic.ipynb #cbc75970
+_ANNOTATIONS = ("K", "xyz", "verts", "scale", "mano")
+_KINDS = {"training": ("rgb", "mask"), "evaluation": ("rgb",)}
+_DETECTIONS = {"training": "openpose_v2/training/detect_all.json", "evaluation": "openpose/evaluation/detect.json"}
+
+# %% ../nbs/13_synthetic.ipynb #cdc35eab
+def _jpeg(image: np.ndarray) -> bytes:  # (H, W) or (H, W, 3) RGB, uint8
+    "An encoded picture."
+    return cv2.imencode(".jpg", image[..., ::-1] if image.ndim == 3 else image, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
+
+# %% ../nbs/13_synthetic.ipynb #d0b3e71b
+def _annotation_lines(hands: Hands, seen: Observation, truth: Truth, mean_pose: Float[Tensor, "45"]) -> str:
+    "One line for each list of a block: the annotations, then positions and confidences of the detections."
+    mano = freihand_parameters(truth, seen.K, matrix_to_axis_angle(hands.rotation), mean_pose)
+    bone = (truth.joints[:, 9] - truth.joints[:, 10]).norm(dim=-1)
+    lists = [shortest_decimals(x) for x in (seen.K, truth.joints, truth.vertices, bone, mano[:, None])]
+    lists += [seen.keypoints.round().long(), shortest_decimals(seen.confidence[..., None])]
+    return "".join(json.dumps(values.tolist())[1:-1] + "\n" for values in lists)
+
+# %% ../nbs/13_synthetic.ipynb #00044c9f
+def _write_block(root: Path, split: str, first: int, n: int, seed: int, config: SyntheticConfig, hand: HandModel) -> str:
+    "Make n pictures, write them from number `first` on, and return their annotations."
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        hands = sample_hands(n, g, config, hand)
+        seen, truth = _photograph(hands, g, config, hand)
+    pictures = {"rgb": seen.image.permute(0, 2, 3, 1), "mask": (truth.mask > 0.5).float()}
+    for kind in _KINDS[split]:
+        for i, picture in enumerate((pictures[kind] * 255).round().to(torch.uint8).numpy()):
+            path = root / split / kind / f"{first + i:08d}.jpg"
+            path.with_suffix(".part").write_bytes(_jpeg(picture))
+            os.replace(path.with_suffix(".part"), path)
+    return _annotation_lines(hands, seen, truth, hand.hands_mean)
+
+# %% ../nbs/13_synthetic.ipynb #c065efab
+def _join(parts: list[Path], line: int, path: Path, end: str = "]") -> None:
+    "The lists in one line of every part, as one JSON list in `path`."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "w", encoding="utf-8") as out:
+            for i, part in enumerate(parts):
+                with open(part, encoding="utf-8") as file:
+                    out.write((", " if i else "[") + next(islice(file, line, None)).rstrip("\n"))
+            out.write(end)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+# %% ../nbs/13_synthetic.ipynb #917a8898
+def _write_split(root: Path, split: str, n: int, seed: int, config: SyntheticConfig, hand: HandModel, block: int, bar) -> None:
+    "One split: the blocks that are not there yet, then the annotation files."
+    for folder in [root / ".parts"] + [root / split / kind for kind in _KINDS[split]]:
+        folder.mkdir(parents=True, exist_ok=True)
+    parts = {first: root / ".parts" / f"{split}.{first:08d}" for first in range(0, n, block)}
+    for first, part in parts.items():
+        size = min(block, n - first)
+        if not part.exists():
+            write_text_atomically(part, _write_block(root, split, first, size, block_seed(seed, split == "evaluation", first), config, hand))
+        bar.update(size)
+    for line, name in enumerate(_ANNOTATIONS[:4 if split == "evaluation" else 5]):  # FreiHAND tells no parameters of evaluation
+        _join(list(parts.values()), line, root / f"{split}_{name}.json")
+    lists = [root / ".parts" / f"{split}.{name}" for name in ("xy", "confidence")]
+    for line, path in enumerate(lists, len(_ANNOTATIONS)):
+        _join(list(parts.values()), line, path)
+    names = json.dumps([[f"{i:08d}.jpg"] for i in range(n)])
+    _join(lists, 0, root / _DETECTIONS[split], f", {names}]")
+
+# %% ../nbs/13_synthetic.ipynb #b0b1c1ad
+def write_freihand(
+    root: str | Path,                    # made if it is not there
+    n: int,                              # training pictures
+    seed: int = 0,
+    config: SyntheticConfig = SyntheticConfig(image_size=224),
+    evaluation: int | None = None,       # evaluation pictures; default a tenth
+    hand: HandModel | None = None,
+    block: int = 32,
+    progress: bool = True,
+) -> Path:
+    """Write synthetic hands in FreiHAND's layout; call again with the same arguments to go on after an interruption.
+
+    `synthetic.json` says how the folder was made. Raises ValueError where it was made, or begun, with other arguments, and OSError when the disk is full."""
+    root, evaluation = Path(root), max(1, n // 10) if evaluation is None else evaluation
+    if n < 1 or evaluation < 1:
+        raise ValueError(f"write_freihand: expected at least one training and one evaluation picture, found {n} and {evaluation}")
+    recipe = json.loads(json.dumps({"seed": seed, "training": n, "evaluation": evaluation, "block": block, "config": asdict(config)}))
+    note = root / "synthetic.json"
+    found = json.loads(note.read_text()) if note.exists() else None
+    if found is not None and {k: v for k, v in found.items() if k != "complete"} != recipe:
+        raise ValueError(f"{note}: expected a folder begun with the same arguments, found another recipe; choose another folder")
+    if found is not None and found["complete"]: return root
+    if found is None and root.exists() and any(root.iterdir()):
+        raise ValueError(f"{root}: expected an empty or absent folder, found files that are not ours")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(note, json.dumps(recipe | {"complete": False}, indent=1))
+        with tqdm(total=n + evaluation, unit="hand", disable=not progress) as bar:
+            for split, count in (("training", n), ("evaluation", evaluation)):
+                _write_split(root, split, count, seed, config, hand or default_hand(), block, bar)
+        shutil.rmtree(root / ".parts")
+        write_text_atomically(note, json.dumps(recipe | {"complete": True}, indent=1))
+    except OSError as error:
+        if error.errno != errno.ENOSPC: raise
+        raise OSError(errno.ENOSPC, f"{root}: the disk is full; free some space and run the same command again to go on") from None
+    return root
