@@ -82,7 +82,7 @@ def photometric_confidence(
         return confidence.sum(-1)
     return confidence.mean(-1) * (confidence.amin(-1) > gate)
 
-# %% ../nbs/07_losses.ipynb #18420533
+# %% ../nbs/07_losses.ipynb #9ed0dbf4
 def pixel_loss(
     image: Float[Tensor, "B 3 H W"],       # RGB in [0, 1]
     rendered: Float[Tensor, "B 3 H W"],    # RGB of the rendered hand over black
@@ -96,11 +96,13 @@ def pixel_loss(
     if norm == 1:
         per_pixel = difference.abs().sum(1)
     else:
-        per_pixel = difference.square().sum(1).clamp(min=1e-12).sqrt() * (silhouette > 0)
+        q = difference.square().sum(1)
+        per_pixel = torch.where(q > 0, q, 1).sqrt() * (q > 0)  # the root never sees 0, where it has no slope
     return (con_sum * per_pixel.sum((1, 2)) / silhouette.sum((1, 2)).clamp(min=1.0)).mean()
 
-# %% ../nbs/07_losses.ipynb #fadef2b3
+# %% ../nbs/07_losses.ipynb #671d996b
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)  # a matrix born in inference mode could not serve training later
 def _gaussian_band(n: int, size: int, sigma: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     "Matrix (n − size + 1, n) whose every row is the Gaussian window, one step further right: blurring as a matrix product."
     t = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
@@ -110,31 +112,33 @@ def _gaussian_band(n: int, size: int, sigma: float, dtype: torch.dtype, device: 
     band.scatter_(1, columns, (g / g.sum()).expand(len(band), size))
     return band.to(device, dtype)
 
-# %% ../nbs/07_losses.ipynb #f4f6bda4
+# %% ../nbs/07_losses.ipynb #d2613365
 def gaussian_blur(
-    x: Float[Tensor, "... H W"],
+    x: Float[Tensor, "*B H W"],
     size: int = 11,
     sigma: float = 1.5,  # pixels
-) -> Float[Tensor, "... h w"]:
+) -> Float[Tensor, "*B h w"]:
     "Separable Gaussian blur where the window fits whole: H − size + 1 rows, W − size + 1 columns."
+    if min(x.shape[-2:]) < size:
+        raise ValueError(f"a window of {size}×{size} pixels needs pictures at least that large, got {x.shape[-2]}×{x.shape[-1]}")
     rows = _gaussian_band(x.shape[-2], size, sigma, x.dtype, x.device)
     columns = _gaussian_band(x.shape[-1], size, sigma, x.dtype, x.device)
     return rows @ x @ columns.T
 
-# %% ../nbs/07_losses.ipynb #697d540c
+# %% ../nbs/07_losses.ipynb #1d9cfd3b
 def ssim_map(
     x: Float[Tensor, "B C H W"],  # intensities in [0, 1]
     y: Float[Tensor, "B C H W"],
     size: int = 11,
 ) -> Float[Tensor, "B C h w"]:
     "Structural similarity of each window (Wang et al. 2004, Eq. 13), L = 1, K = (0.01, 0.03)."
-    if min(x.shape[-2:]) < size:
-        raise ValueError(f"SSIM needs pictures of at least {size}×{size} pixels, got {x.shape[-2]}×{x.shape[-1]}")
-    mx, my, xx_yy, xy = gaussian_blur(torch.stack([x, y, x * x + y * y, x * y]), size)
-    C1, C2 = 0.01**2, 0.03**2
-    luminance = (2 * mx * my + C1) / (mx * mx + my * my + C1)
-    structure = (2 * (xy - mx * my) + C2) / (xx_yy - mx * mx - my * my + C2)
-    return luminance * structure
+    with torch.autocast(x.device.type, enabled=False):
+        x, y = (v if v.dtype == torch.float64 else v.float() for v in (x, y))
+        mx, my, xx_yy, xy = gaussian_blur(torch.stack([x, y, x * x + y * y, x * y]), size)
+        C1, C2 = 0.01**2, 0.03**2
+        luminance = (2 * mx * my + C1) / (mx * mx + my * my + C1)
+        structure = (2 * (xy - mx * my) + C2) / (xx_yy - mx * mx - my * my + C2)
+        return luminance * structure
 
 # %% ../nbs/07_losses.ipynb #3f325c8c
 def ssim(
