@@ -172,13 +172,13 @@ def wrist_ring(
         ring.append(onward[ring[-1]])
     return tuple(ring)
 
-# %% ../nbs/13_synthetic.ipynb #0ab4b5f5
+# %% ../nbs/13_synthetic.ipynb #801866e5
 def tube_faces(rings: int, around: int, start: int) -> Int[Tensor, "F 3"]:
-    "Triangles between successive rings of vertices, numbered from `start`."
+    "Triangles between successive rings of vertices, numbered from `start`; outward if the rings turn left, seen from the far end."
     i, k = torch.meshgrid(torch.arange(rings - 1), torch.arange(around), indexing="ij")
     a, b = i * around + k, i * around + (k + 1) % around
     quads = torch.stack([a, b, b + around, a + around], -1).reshape(-1, 4) + start
-    return torch.cat([quads[:, [0, 2, 1]], quads[:, [0, 3, 2]]])
+    return torch.cat([quads[:, [0, 1, 2]], quads[:, [0, 2, 3]]])
 
 # %% ../nbs/13_synthetic.ipynb #76d2d8cb
 ARM_STATIONS = torch.tensor([-0.004, 0.01, 0.03, 0.07, 0.13, 0.22, 0.34])  # metres from the wrist
@@ -375,23 +375,25 @@ def resolve(
                colour.numpy(), cover.numpy(), mask.numpy())
     return colour, cover, mask
 
-# %% ../nbs/13_synthetic.ipynb #c4e43198
+# %% ../nbs/13_synthetic.ipynb #bf9f8e3c
 def noise_fields(
     n: int,
     channels: int,
     size: int,
     generator: torch.Generator,
     coarsest: int = 2,                # cells across
-) -> Float[Tensor, "n channels size size"]:  # about zero mean and unit variance
+) -> Float[Tensor, "n channels size size"]:  # each of zero mean and unit variance
     "Random grids from coarse to fine, each image with its own fall-off from clouds to grain: enlarge, add, enlarge, add, …"
-    roughness = _uniform(generator, (n, 1, 1, 1), 0.2, 0.65)
-    cells, total, power = coarsest, torch.zeros(n, channels, coarsest, coarsest), 0
-    while True:
-        total = total + roughness * torch.randn(total.shape, generator=generator)
-        power = 0.5 * power + roughness.square()
-        if cells >= size: return total / power.sqrt()
+    roughness = _uniform(generator, (n, 1, 1, 1), 0.2, 0.8)
+    cells, total = coarsest, torch.randn(n, channels, coarsest, coarsest, generator=generator)
+    while cells < size:
         cells = min(2 * cells, size)
-        total = 1.2 * F.interpolate(total, size=(cells, cells), mode="bilinear", align_corners=False)
+        total = F.interpolate(total, size=(cells, cells), mode="bilinear", align_corners=False)
+        if cells < size:  # the finest grid stays smooth
+            total += roughness * torch.randn(total.shape, generator=generator)
+            roughness = 0.8 * roughness
+    mean, std = total.mean((2, 3), keepdim=True), total.std((2, 3), keepdim=True)
+    return total.sub_(mean).div_(std + 1e-6)
 
 # %% ../nbs/13_synthetic.ipynb #dd2effcb
 def random_colours(n: int, generator: torch.Generator) -> Float[Tensor, "n 3"]:
@@ -432,7 +434,7 @@ def paint_shapes(
         image = image + cover * (colour - image)
     return image
 
-# %% ../nbs/13_synthetic.ipynb #043f2437
+# %% ../nbs/13_synthetic.ipynb #658962c1
 def backgrounds(
     n: int,
     size: int,
@@ -440,14 +442,14 @@ def backgrounds(
     generator: torch.Generator,
 ) -> Float[Tensor, "n 3 size size"]:  # in [0, 1]
     "Anything but hands: walls, clouds, stripes, clutter."
-    g, small = generator, min(size, 64)
+    g, small = generator, min(size, max(64, size // 2))
     colours = random_colours(3 * n, g).view(n, 3, 3)
     busy = _chance(g, n, 0.6) * _uniform(g, (n,)) ** 0.5
     fields = noise_fields(n, 2, small, g)
     slope = 0.4 * torch.randn(n, 2, 2, generator=g)
     x, y = _pixel_grid(small)
     ramp = slope[..., :1, None] * x + slope[..., 1:, None] * y                  # (n, 2, s, s)
-    mix = torch.sigmoid(4 * busy[:, None, None, None] * fields + 1.5 * ramp)
+    mix = torch.sigmoid(3 * busy[:, None, None, None] * fields + 1.5 * ramp)
     image = colours[:, 0, :, None, None] * (0.75 + 0.5 * mix[:, :1])
     image = image + busy[:, None, None, None] * mix[:, 1:] * (colours[:, 1, :, None, None] - image)
 
