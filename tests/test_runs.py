@@ -1,0 +1,144 @@
+"""A run is its settings: names are checked, values are typed, folders are not mixed up, notebooks travel along."""
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import nbformat
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import handrecon
+from handrecon import runs
+from handrecon.runs import RunError, claim_folder, config_hash, describe, nearest, override, parse_value, reproduce, resolve, run_notebook, settings
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Inner:
+    lr: float = 1e-3
+    steps: int = 5
+    span: tuple = (1, 2)
+
+
+@dataclass(frozen=True)
+class Other:
+    steps: int = 1
+
+
+@dataclass(frozen=True)
+class Outer:
+    n: int = 3
+    flag: bool = False
+    name: str = "a"
+    inner: Inner = Inner()
+
+
+@dataclass(frozen=True)
+class Twice:
+    a: Inner = Inner()
+    b: Other = Other()
+
+
+def test_settings_are_dotted():
+    assert list(settings(Outer())) == ["n", "flag", "name", "inner.lr", "inner.steps", "inner.span"]
+
+
+@pytest.mark.parametrize("key,text,path,value", [
+    ("lr", "0.5", "inner.lr", 0.5), ("inner.lr", "2", "inner.lr", 2.0), ("steps", 7, "inner.steps", 7), ("flag", "True", "flag", True),
+    ("flag", "false", "flag", False), ("name", "5", "name", "5"), ("span", "[3, 4]", "inner.span", (3, 4)), ("n", "-1", "n", -1)])
+def test_override_reads_text_as_the_default_s_type(key, text, path, value):
+    changed = settings(override(Outer(), {key: text}))
+    assert changed[path] == value and type(changed[path]) is type(value)
+    assert {k: v for k, v in changed.items() if k != path} == {k: v for k, v in settings(Outer()).items() if k != path}
+
+
+@pytest.mark.parametrize("changes,message", [
+    ({"stpes": 1}, "did you mean 'inner.steps'?"), ({"inner.lrr": 1}, "did you mean 'inner.lr'?"), ({"zzz": 1}, "known: flag"),
+    ({"n": "2.5"}, "'n' takes a int (now 3), got '2.5'"), ({"flag": "1"}, "takes a bool"), ({"lr": "fast"}, "takes a float")])
+def test_override_says_what_is_wrong(changes, message):
+    with pytest.raises(RunError) as problem: override(Outer(), changes)
+    assert message in str(problem.value) and "\n" not in str(problem.value)
+
+
+def test_a_name_in_two_places_must_be_spelt_out():
+    with pytest.raises(RunError, match="ambiguous: write one of a.steps, b.steps"): override(Twice(), {"steps": 2})
+    assert override(Twice(), {"b.steps": 2}).b.steps == 2
+
+
+@given(st.integers(-10**9, 10**9), st.floats(allow_nan=False, allow_infinity=False), st.text())
+def test_values_survive_the_command_line(n, x, s):
+    assert parse_value(str(n), 0, "n") == n
+    assert parse_value(repr(x), 0.0, "x") == x
+    assert parse_value(s, "", "s") == s
+
+
+@given(st.dictionaries(st.text(max_size=5), st.integers(), min_size=1))
+def test_hash_ignores_order_and_sees_values(config):
+    assert config_hash(config) == config_hash(dict(reversed(config.items())))
+    key = next(iter(config))
+    assert config_hash(config) != config_hash(config | {key: config[key] + 1})
+
+
+def test_nearest_hints():
+    assert nearest("smoek", ["smoke", "quick"]) == "did you mean 'smoke'?"
+    assert nearest("xyz", ["smoke", "quick"]) == "known: quick, smoke"
+
+
+def test_folder_of_another_run_is_refused(tmp_path):
+    mine, other = ({"seed": s} | {"hash": config_hash({"seed": s})} for s in (0, 1))
+    claim_folder(tmp_path / "run", mine, resume=False)
+    claim_folder(tmp_path / "run", mine, resume=True)
+    with pytest.raises(RunError, match="begun with other settings"): claim_folder(tmp_path / "run", other, resume=True)
+    assert json.loads((tmp_path / "run/config.json").read_text()) == mine
+    with pytest.raises(RunError, match="no such folder"): claim_folder(tmp_path / "nowhere", mine, resume=True)
+
+
+@pytest.mark.parametrize("arguments,message", [
+    (dict(system="s2hnad"), "did you mean 's2hand'?"), (dict(profile="smok"), "did you mean 'smoke'?"),
+    (dict(overrides={"w_jj": 1}), "did you mean 'model.w_J'?"), (dict(dataset="freihnad"), "did you mean 'freihand'?")])
+def test_reproduce_stops_before_it_begins(tmp_path, arguments, message):
+    with pytest.raises(RunError) as problem: reproduce(**arguments, out=tmp_path / "run")
+    assert message in str(problem.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_packaged_notebooks_are_the_notebooks():
+    for system in runs.SYSTEMS:
+        source = ROOT / "nbs/reproduce" / f"{system}.ipynb"
+        assert run_notebook(system).read_bytes() == source.read_bytes(), f"copy {source.name} to handrecon/notebooks/"
+        notebook = nbformat.read(source, 4)
+        assert sum("parameters" in cell.metadata.get("tags", []) for cell in notebook.cells) == 1
+        assert not any(cell.get("outputs") for cell in notebook.cells)
+
+
+@pytest.mark.parametrize("profile", ["smoke", "quick", "cpu", "gpu", "paper"])
+def test_every_profile_resolves(profile):
+    recipe = resolve("s2hand", profile, {})
+    config = describe("s2hand", profile, "synthetic", 0, recipe)
+    assert config["settings"]["model"]["w_ori"] == 100.0
+    assert config["hash"] == describe("s2hand", profile, "synthetic", 0, recipe)["hash"] != describe("s2hand", profile, "synthetic", 1, recipe)["hash"]
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "smoke"
+    return out, reproduce("s2hand", "smoke", out=out, seed=3)
+
+
+def test_smoke_run_leaves_everything(smoke):
+    out, record = smoke
+    for name in ("report.ipynb", "report.html", "metrics.json", "config.json", "checkpoint.safetensors", "record.json"):
+        assert (out / name).stat().st_size > 100, name
+    assert list((out / "figures").glob("*.png"))
+    assert record == json.loads((out / "record.json").read_text())
+    assert record["seed"] == 3 and record["version"] == handrecon.__version__ and record["seconds"] < 120
+    for who in ("self-supervised", "supervised", "mean pose"):
+        assert 0 < record["metrics"][who]["PA-MPJPE"] < 100
+
+
+def test_failure_in_the_notebook_is_one_sentence(tmp_path):
+    with pytest.raises(RunError, match="no folder") as problem:
+        reproduce("s2hand", "smoke", dataset="freihand", data_root=tmp_path / "absent", out=tmp_path / "run")
+    assert "\n" not in str(problem.value)
