@@ -6,8 +6,9 @@
 __all__ = ['ARM_STATIONS', 'OVERSAMPLE', 'SyntheticConfig', 'palm_frame', 'sample_views', 'Hands', 'frame', 'sample_hands',
            'default_hand', 'wrist_ring', 'tube_faces', 'forearm', 'elbow_out_of_sight', 'superquadrics', 'occluders',
            'Lamps', 'sample_lamps', 'openness', 'light_vertices', 'resolve', 'noise_fields', 'random_colours',
-           'paint_shapes', 'backgrounds', 'paste_neighbours', 'blur', 'develop', 'joint_visibility', 'make_batch',
-           'block_seed', 'SyntheticHands', 'freihand_parameters', 'write_freihand']
+           'paint_shapes', 'backgrounds', 'paste_neighbours', 'blur', 'develop', 'Scene', 'dress', 'expose',
+           'joint_visibility', 'photograph', 'make_batch', 'block_seed', 'SyntheticHands', 'freihand_parameters',
+           'write_freihand']
 
 # %% ../nbs/13_synthetic.ipynb #844879b3
 import errno
@@ -77,19 +78,14 @@ def _chance(g: torch.Generator, n: int, probability: float) -> Float[Tensor, "n"
     "1 with the given probability, else 0."
     return (torch.rand(n, generator=g) < probability).float()
 
-# %% ../nbs/13_synthetic.ipynb #3b4f4b30
-def _unit(v: Float[Tensor, "*batch 3"]) -> Float[Tensor, "*batch 3"]:
-    "v / ‖v‖."
-    return v / v.norm(dim=-1, keepdim=True).clamp_min(1e-9)
-
-# %% ../nbs/13_synthetic.ipynb #74441cc1
+# %% ../nbs/13_synthetic.ipynb #69169b04
 def palm_frame(
     joints: Float[Tensor, "B 21 3"],
 ) -> Float[Tensor, "B 3 3"]:  # columns: across towards the thumb, from the fingers to the wrist, out of the back (right hand)
     "Orthonormal axes of the palm."
-    down = _unit(joints[:, 0] - joints[:, 9])
+    down = F.normalize(joints[:, 0] - joints[:, 9], dim=-1)
     across = joints[:, 5] - joints[:, 17]
-    back = _unit(torch.linalg.cross(across, down))
+    back = F.normalize(torch.linalg.cross(across, down), dim=-1)
     return torch.stack([torch.linalg.cross(down, back), down, back], -1)
 
 # %% ../nbs/13_synthetic.ipynb #95bd9188
@@ -183,7 +179,7 @@ def tube_faces(rings: int, around: int, start: int) -> Int[Tensor, "F 3"]:
 # %% ../nbs/13_synthetic.ipynb #76d2d8cb
 ARM_STATIONS = torch.tensor([-0.004, 0.01, 0.03, 0.07, 0.13, 0.22, 0.34])  # metres from the wrist
 
-# %% ../nbs/13_synthetic.ipynb #1a6baf06
+# %% ../nbs/13_synthetic.ipynb #c6d8de3a
 def forearm(
     ring: Float[Tensor, "B R 3"],       # the wrist, metres
     axis: Float[Tensor, "B 3"],         # unit, from the hand to the elbow, at the wrist
@@ -195,7 +191,7 @@ def forearm(
     centre = ring.mean(1)
     station = start[:, None] + ARM_STATIONS                                     # (B, T)
     turned = (station / 0.03).clamp(0, 1)[..., None]
-    direction = _unit(axis[:, None] + turned * bend[:, None])
+    direction = F.normalize(axis[:, None] + turned * bend[:, None], dim=-1)
     step = torch.diff(station, dim=1, prepend=torch.zeros(len(ring), 1))[..., None]
     line = centre[:, None] + (direction * step).cumsum(1)
     offset = (ring - centre[:, None])[:, None]                                  # (B, 1, R, 3)
@@ -230,7 +226,7 @@ def superquadrics(
     z = power(latitude.sin()[:, None], e1).expand_as(x)
     return torch.stack([x, y, z], -1).flatten(-3, -2) * size[..., None, :]
 
-# %% ../nbs/13_synthetic.ipynb #0f1a1ea1
+# %% ../nbs/13_synthetic.ipynb #3d5a97e4
 def occluders(
     joints: Float[Tensor, "B 21 3"],    # camera axes, metres
     generator: torch.Generator,
@@ -248,7 +244,7 @@ def occluders(
     target = joints.gather(1, chosen[..., None].expand(-1, -1, 3))
     held = _chance(g, n * count, 0.4).view(n, count, 1)
     palm = palm_frame(joints)[..., 2]
-    towards = torch.where(held > 0, -palm[:, None], -_unit(target))
+    towards = torch.where(held > 0, -palm[:, None], -F.normalize(target, dim=-1))
     middle = joints[:, [0, 5, 9, 17]].mean(1, keepdim=True) - 0.02 * palm[:, None]
     target = torch.where(held > 0, middle + 0.25 * (joints[:, 9:10] - joints[:, :1]), target + 0.02 * torch.randn(n, count, 3, generator=g))
     distance = size.amin(-1, keepdim=True) + 0.012 + _uniform(g, (n, count, 1), 0, 0.03) * (1 - held)
@@ -269,11 +265,11 @@ class Lamps(NamedTuple):
     ground: Float[Tensor, "B 3"]        # from below
     gloss: Float[Tensor, "B"]
 
-# %% ../nbs/13_synthetic.ipynb #b0228e2f
+# %% ../nbs/13_synthetic.ipynb #31c14f9c
 def sample_lamps(n: int, generator: torch.Generator) -> Lamps:
     "From overcast to a spotlight, from candle to blue sky; mostly from above and from the camera's side."
     g = generator
-    direction = _unit(torch.randn(n, 2, 3, generator=g) + torch.tensor([[0.0, -0.7, -0.7], [0.0, 0.0, -0.3]]))
+    direction = F.normalize(torch.randn(n, 2, 3, generator=g) + torch.tensor([[0.0, -0.7, -0.7], [0.0, 0.0, -0.3]]), dim=-1)
     warmth = _uniform(g, (n, 3, 1), -1, 1) * _uniform(g, (n, 1, 1), 0, 0.3)
     tint = torch.cat([1 + warmth, 1 + 0.1 * warmth, 1 - warmth], -1) * (1 + 0.05 * torch.randn(n, 3, 3, generator=g))
     contrast = _uniform(g, (n, 1), 0.15, 0.95)
@@ -469,7 +465,7 @@ def backgrounds(
     grain = torch.randn(n, 1, size, size, generator=g) * (_chance(g, n, 0.4) * _uniform(g, (n,), 0, 0.12))[:, None, None, None]
     return (image * (1 + grain)).clamp(0, 1)
 
-# %% ../nbs/13_synthetic.ipynb #b3cb9211
+# %% ../nbs/13_synthetic.ipynb #f6afe0e0
 def paste_neighbours(
     behind: Float[Tensor, "B 3 S S"],   # changed in place
     colour: Float[Tensor, "B 3 S S"],   # the batch's hands, colour × cover
@@ -481,7 +477,7 @@ def paste_neighbours(
     chosen = (_chance(generator, len(behind), probability) > 0).nonzero().flatten()
     n = len(chosen)
     if n == 0: return
-    angle, zoom = _uniform(generator, (n,), 0, 2 * torch.pi), _uniform(generator, (n,), 0.9, 2.2)
+    angle, zoom = _uniform(generator, (n,), 0, 2 * torch.pi), _uniform(generator, (n,), 1.2, 2.6)
     shift = _uniform(generator, (n, 2), -1.3, 1.3)
     c, s = zoom * angle.cos(), zoom * angle.sin()
     grid = F.affine_grid(torch.stack([c, -s, shift[:, 0], s, c, shift[:, 1]], 1).view(n, 2, 3), [n, 4, *cover.shape[1:]], align_corners=False)
@@ -528,12 +524,9 @@ def develop(
     images += shot.mul_(torch.randn(images.shape, generator=g))
     return images.clamp_(0, 1).mul_(255).round_().div_(255)
 
-# %% ../nbs/13_synthetic.ipynb #9c7308d8
-OVERSAMPLE = 2  # fragments across a pixel
-
-# %% ../nbs/13_synthetic.ipynb #a7bb2f1c
+# %% ../nbs/13_synthetic.ipynb #42c69820
 @lru_cache(maxsize=4)
-def _scene_faces(n_vertices: int, faces: tuple) -> tuple[Int[Tensor, "F 3"], tuple[int, ...]]:
+def _scene_faces(n_vertices: int, faces: tuple[tuple[int, int, int], ...]) -> tuple[Int[Tensor, "F 3"], tuple[int, ...]]:
     "Faces of hand, forearm, sleeve and two things in the way, and the wrist's ring."
     ring = wrist_ring(faces)
     parts, start = [torch.tensor(faces)], n_vertices
@@ -542,10 +535,80 @@ def _scene_faces(n_vertices: int, faces: tuple) -> tuple[Int[Tensor, "F 3"], tup
         start += rings * around
     return torch.cat(parts), ring
 
-# %% ../nbs/13_synthetic.ipynb #a74861f9
-_VISIBLE_WITHIN = torch.tensor([0.035, 0.03, 0.022, 0.016, 0.014] + [0.024, 0.016, 0.014, 0.013] * 4)  # metres of own flesh before a joint
+# %% ../nbs/13_synthetic.ipynb #d99251d3
+class Scene(NamedTuple):
+    "Everything that is in front of the background."
+    vertices: Float[Tensor, "B W 3"]    # the hand's first; camera axes, metres
+    faces: Int[Tensor, "G 3"]           # the hand's first
+    albedo: Float[Tensor, "B W 3"]      # display colours in [0, 1]
+    skin: Float[Tensor, "B 3"]          # at the wrist
 
-# %% ../nbs/13_synthetic.ipynb #106cf2cc
+# %% ../nbs/13_synthetic.ipynb #6e121020
+def _albedo(n: int, g: torch.Generator, hand: HandModel) -> Float[Tensor, "n V 3"]:
+    "Skin for this hand: the textures are painted on the licence-free hand's vertices, another mesh gets one colour."
+    textures = sample_textures(n, g, hand.side)
+    same = hand.n_vertices == textures.shape[1] and torch.equal(hand.v_template.abs(), default_hand().v_template.abs())
+    return textures if same else textures.mean(1, keepdim=True).expand(-1, hand.n_vertices, -1)
+
+# %% ../nbs/13_synthetic.ipynb #9ac179d7
+def _dressed_arm(
+    ring: Float[Tensor, "B R 3"],
+    ring_albedo: Float[Tensor, "B R 3"],
+    axis: Float[Tensor, "B 3"],
+    g: torch.Generator,
+    config: SyntheticConfig,
+) -> tuple[Float[Tensor, "B m 3"], Float[Tensor, "B m 3"]]:  # vertices and colours of forearm and sleeve
+    "A forearm with the wrist's skin, its tan fading into one tone, and a sleeve over it."
+    n, skin = len(ring), ring_albedo.mean(1)
+    bend = 0.45 * torch.randn(n, 3, generator=g) + elbow_out_of_sight(axis)
+    there = _chance(g, n, config.forearm)
+    arm = forearm(ring, axis, bend, torch.zeros(n), torch.ones(n)) * there[:, None, None]
+    sleeve = forearm(ring, axis, bend, _uniform(g, (n,), 0.01, 0.12), _uniform(g, (n,), 1.12, 1.5))
+    sleeve = sleeve * (there * _chance(g, n, config.sleeve))[:, None, None]
+    fade = torch.linspace(1, 0.2, len(ARM_STATIONS))[:, None, None]
+    colour = torch.lerp(skin[:, None, None], ring_albedo[:, None], fade).flatten(1, 2)
+    colour = colour * (1 + 0.03 * torch.randn(*colour.shape[:2], 1, generator=g))
+    return torch.cat([arm, sleeve], 1), torch.cat([colour, random_colours(n, g)[:, None].expand_as(sleeve)], 1)
+
+# %% ../nbs/13_synthetic.ipynb #cb95c7c8
+def dress(
+    hands: Hands,
+    generator: torch.Generator,
+    config: SyntheticConfig,
+    hand: HandModel,
+) -> Scene:
+    "Give every hand its skin, most of them a forearm, and put things in the way of some."
+    g, n, (vertices, joints) = generator, len(hands.K), hands.mesh
+    faces, ring = _scene_faces(hand.n_vertices, tuple(map(tuple, hand.f.tolist())))
+    albedo = _albedo(n, g, hand)
+    skin = albedo[:, ring].mean(1)
+    axis = F.normalize(joints[:, 0] - joints[:, [5, 9, 13, 17]].mean(1), dim=-1)
+    arm, arm_colour = _dressed_arm(vertices[:, ring], albedo[:, ring], axis, g, config)
+    things = occluders(joints, g, config.occluder)
+    colour = torch.where(_chance(g, 2 * n, 0.15).view(n, 2, 1) > 0, skin[:, None], random_colours(2 * n, g).view(n, 2, 3))
+    colour = colour.repeat_interleave(things.shape[1] // 2, 1)
+    return Scene(torch.cat([vertices, arm, things], 1), faces, torch.cat([albedo, arm_colour, colour], 1), skin)
+
+# %% ../nbs/13_synthetic.ipynb #e3c59067
+def expose(
+    scene: Scene,
+    joints: Float[Tensor, "B 21 3"],
+    hand_vertices: int,
+    generator: torch.Generator,
+) -> Float[Tensor, "B W 3"]:            # display colours
+    "Light the scene with random lamps and expose for the side of the hand that the camera sees."
+    normals, hand = vertex_normals(scene.vertices, scene.faces), slice(hand_vertices)
+    lamps = sample_lamps(len(joints), generator)
+    light, gloss = light_vertices(scene.vertices, normals, lamps, *openness(scene.vertices, normals, joints, lamps.direction))
+    facing = ((normals[:, hand] * scene.vertices[:, hand]).sum(-1) < 0).float()
+    level = (light[:, hand].mean(-1) * facing).sum(1) / facing.sum(1).clamp_min(1)
+    exposure = torch.exp(0.3 * torch.randn(len(joints), generator=generator)) / level.clamp_min(1e-3)
+    return ((scene.albedo ** 2.2 * light + gloss) * exposure[:, None, None]).clamp(1e-4, 1.3) ** (1 / 2.2)
+
+# %% ../nbs/13_synthetic.ipynb #93fddb16
+_FLESH = torch.tensor([0.035, 0.03, 0.022, 0.016, 0.014] + [0.024, 0.016, 0.014, 0.013] * 4)  # metres before each joint
+
+# %% ../nbs/13_synthetic.ipynb #d5af4006
 def joint_visibility(
     keypoints: Float[Tensor, "B 21 2"],   # pixels of the fragments
     joints: Float[Tensor, "B 21 3"],      # camera axes, metres
@@ -557,21 +620,60 @@ def joint_visibility(
     x, y = keypoints.floor().long().unbind(-1)
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
     index = y.clamp(0, height - 1) * width + x.clamp(0, width - 1)
-    depth = fragments.depth.flatten(1).gather(1, index)
     face = fragments.face_index.flatten(1).gather(1, index)
-    in_front = joints[..., 2] - depth
-    own = (face < hand_faces) & (in_front < _VISIBLE_WITHIN)
-    hidden = (face >= 0) & ~own & (in_front > 0)
-    return (inside & ~hidden).float()
+    in_front = joints[..., 2] - fragments.depth.flatten(1).gather(1, index)
+    own = (face < hand_faces) & (in_front < _FLESH)
+    return (inside & ((face < 0) | own | (in_front <= 0))).float()
 
-# %% ../nbs/13_synthetic.ipynb #56c4ce6e
-def _albedo(n: int, g: torch.Generator, hand: HandModel) -> Float[Tensor, "n V 3"]:
-    "Skin for this hand: the proxy's textures fit the proxy's vertices only, others get one colour."
-    textures = sample_textures(n, g, hand.side)
-    same = hand.n_vertices == textures.shape[1] and torch.equal(hand.f, default_hand().f)
-    return textures if same else textures.mean(1, keepdim=True).expand(-1, hand.n_vertices, -1)
+# %% ../nbs/13_synthetic.ipynb #9c7308d8
+OVERSAMPLE = 2  # fragments across a pixel
 
-# %% ../nbs/13_synthetic.ipynb #9be6a7ea
+# %% ../nbs/13_synthetic.ipynb #ae9b20df
+def _shoot(
+    colours: Float[Tensor, "B W 3"],
+    fragments: Fragments,
+    scene: Scene,
+    hand_faces: int,
+    g: torch.Generator,
+    config: SyntheticConfig,
+) -> tuple[Float[Tensor, "B 3 S S"], Float[Tensor, "B S S"], Float[Tensor, "B"]]:  # image, mask, blur in pixels
+    "Composite over a background, blur and develop."
+    n, size = len(colours), config.image_size
+    colour, cover, mask = resolve(fragments, scene.faces, colours, hand_faces, OVERSAMPLE)
+    behind = backgrounds(n, size, scene.skin * _uniform(g, (n, 1), 0.6, 1.1), g)
+    paste_neighbours(behind, colour, cover, g, config.distractor)
+    pores = 0.04 * _uniform(g, (n, 1, 1, 1)) * noise_fields(n, 1, size, g, size // 4)
+    image = colour.mul_(1 + pores).add_(behind.mul_(1 - cover[:, None]))
+    blurred = _chance(g, n, config.blur)
+    motion, defocus = blurred * _uniform(g, (n,), 0, config.blur_length * size), blurred * _uniform(g, (n,), 0, 0.012 * size)
+    angle, rows = _uniform(g, (n,), 0, torch.pi), blurred.nonzero().flatten()
+    if len(rows):
+        image[rows] = blur(image[rows], defocus[rows], motion[rows], angle[rows])
+    return develop(image, g, config.sensor_noise), mask, motion + defocus
+
+# %% ../nbs/13_synthetic.ipynb #6d79d3cb
+def photograph(
+    hands: Hands,
+    generator: torch.Generator,
+    config: SyntheticConfig,
+    hand: HandModel,
+) -> tuple[Observation, Truth]:
+    "Dress, light, picture and detect the given hands."
+    g, size, (vertices, joints) = generator, config.image_size, hands.mesh
+    scene = dress(hands, g, config, hand)
+    colours = expose(scene, joints, hand.n_vertices, g)
+    K = hands.K * torch.tensor([OVERSAMPLE, OVERSAMPLE, 1.0])[:, None]
+    fragments = rasterize(scene.vertices, scene.faces, K, (OVERSAMPLE * size, OVERSAMPLE * size))
+    image, mask, blur_px = _shoot(colours, fragments, scene, hand.n_faces, g, config)
+    keypoints = project(joints, hands.K)
+    visible = joint_visibility(OVERSAMPLE * keypoints, joints, fragments, hand.n_faces)
+    scale = (keypoints.amax(1) - keypoints.amin(1)).amax(-1)
+    xy, confidence = simulate_detections(keypoints, visible, scale, g, config.detector, blur_px)
+    inside = ((keypoints >= 0) & (keypoints <= size)).all(-1)               # nobody detects what is not in the picture
+    observation = Observation(image, hands.K, xy * inside[..., None], confidence * inside)
+    return observation, Truth(vertices, joints, keypoints, mask, hands.pose, hands.shape)
+
+# %% ../nbs/13_synthetic.ipynb #6325e4da
 def make_batch(
     n: int,
     seed: int,
@@ -579,68 +681,11 @@ def make_batch(
     hand: HandModel | None = None,      # default: the licence-free hand
 ) -> tuple[Observation, Truth]:
     "n pictures with everything known about them; the same (n, seed, config, hand) gives the same bits."
-    hand = hand or default_hand()
-    g = torch.Generator().manual_seed(seed)
+    if n < 1:
+        raise ValueError(f"make_batch: expected at least one picture, found n = {n}")
+    hand, g = hand or default_hand(), torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        return _photograph(sample_hands(n, g, config, hand), g, config, hand)
-
-# %% ../nbs/13_synthetic.ipynb #af45e162
-def _photograph(hands: Hands, g: torch.Generator, config: SyntheticConfig, hand: HandModel) -> tuple[Observation, Truth]:
-    "Dress, light, picture and detect the given hands."
-    n, size, (vertices, joints) = len(hands.K), config.image_size, hands.mesh
-    faces, ring = _scene_faces(hand.n_vertices, tuple(map(tuple, hand.f.tolist())))
-    albedo = _albedo(n, g, hand)
-    wrist, skin = vertices[:, ring], albedo[:, ring].mean(1)
-
-    axis = _unit(joints[:, 0] - joints[:, [5, 9, 13, 17]].mean(1))
-    bend = 0.45 * torch.randn(n, 3, generator=g) + elbow_out_of_sight(axis)
-    arm_there = _chance(g, n, config.forearm)
-    arm = forearm(wrist, axis, bend, torch.zeros(n), torch.ones(n)) * arm_there[:, None, None]
-    sleeve = forearm(wrist, axis, bend, _uniform(g, (n,), 0.01, 0.12), _uniform(g, (n,), 1.12, 1.5))
-    sleeve = sleeve * (arm_there * _chance(g, n, config.sleeve))[:, None, None]
-    things = occluders(joints, g, config.occluder)
-    scene = torch.cat([vertices, arm, sleeve, things], 1)
-
-    thing_colours = random_colours(2 * n, g).view(n, 2, 3)
-    thing_colours = torch.where(_chance(g, 2 * n, 0.15).view(n, 2, 1) > 0, skin[:, None], thing_colours)
-    fade = torch.linspace(1, 0.2, len(ARM_STATIONS))[:, None, None]
-    arm_colour = torch.lerp(skin[:, None, None], albedo[:, ring][:, None], fade).flatten(1, 2)
-    arm_colour = arm_colour * (1 + 0.03 * torch.randn(n, arm.shape[1], 1, generator=g))
-    colours = torch.cat([albedo, arm_colour, random_colours(n, g)[:, None].expand_as(sleeve),
-                         thing_colours.repeat_interleave(things.shape[1] // 2, 1)], 1)
-    normals = vertex_normals(scene, faces)
-    lamps = sample_lamps(n, g)
-    light, gloss = light_vertices(scene, normals, lamps, *openness(scene, normals, joints, lamps.direction))
-    facing = ((normals[:, :hand.n_vertices] * vertices).sum(-1) < 0).float()
-    level = (light[:, :hand.n_vertices].mean(-1) * facing).sum(1) / facing.sum(1)
-    exposure = torch.exp(0.3 * torch.randn(n, generator=g)) / level
-    display = ((colours ** 2.2 * light + gloss) * exposure[:, None, None]).clamp(1e-4, 1.3) ** (1 / 2.2)
-
-    K = hands.K * torch.tensor([OVERSAMPLE, OVERSAMPLE, 1.0])[:, None]
-    fragments = rasterize(scene, faces, K, (OVERSAMPLE * size, OVERSAMPLE * size))
-    colour, cover, mask = resolve(fragments, faces, display, hand.n_faces, OVERSAMPLE)
-    keypoints = project(joints, hands.K)
-    visible = joint_visibility(keypoints * OVERSAMPLE, joints, fragments, hand.n_faces)
-
-    lit_skin = skin * _uniform(g, (n, 1), 0.6, 1.1)
-    behind = backgrounds(n, size, lit_skin, g)
-    paste_neighbours(behind, colour, cover, g, config.distractor)
-    pores = 0.04 * _uniform(g, (n, 1, 1, 1)) * noise_fields(n, 1, size, g, size // 4)
-    image = colour * (1 + pores) + (1 - cover)[:, None] * behind
-
-    blurred = _chance(g, n, config.blur)
-    motion, defocus = blurred * _uniform(g, (n,), 0, config.blur_length * size), blurred * _uniform(g, (n,), 0, 0.012 * size)
-    angle, chosen = _uniform(g, (n,), 0, torch.pi), blurred > 0
-    if chosen.any():
-        image[chosen] = blur(image[chosen], defocus[chosen], motion[chosen], angle[chosen])
-    image = develop(image, g, config.sensor_noise)
-    scale_px = (keypoints.amax(1) - keypoints.amin(1)).amax(-1)
-    xy, confidence = simulate_detections(keypoints, visible, scale_px, g, config.detector, motion + defocus)
-    outside = ((keypoints < 0) | (keypoints > size)).any(-1)
-    confidence = confidence * ~outside
-    xy = xy * (confidence > 0)[..., None]
-    return (Observation(image, hands.K, xy, confidence),
-            Truth(vertices, joints, keypoints, mask, hands.pose, hands.shape))
+        return photograph(sample_hands(n, g, config, hand), g, config, hand)
 
 # %% ../nbs/13_synthetic.ipynb #bfa05451
 def block_seed(*numbers: int) -> int:
@@ -703,13 +748,13 @@ def _annotation_lines(hands: Hands, seen: Observation, truth: Truth, mean_pose: 
     lists += [seen.keypoints.round().long(), shortest_decimals(seen.confidence[..., None])]
     return "".join(json.dumps(values.tolist())[1:-1] + "\n" for values in lists)
 
-# %% ../nbs/13_synthetic.ipynb #00044c9f
+# %% ../nbs/13_synthetic.ipynb #a0cd26e4
 def _write_block(root: Path, split: str, first: int, n: int, seed: int, config: SyntheticConfig, hand: HandModel) -> str:
     "Make n pictures, write them from number `first` on, and return their annotations."
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         hands = sample_hands(n, g, config, hand)
-        seen, truth = _photograph(hands, g, config, hand)
+        seen, truth = photograph(hands, g, config, hand)
     pictures = {"rgb": seen.image.permute(0, 2, 3, 1), "mask": (truth.mask > 0.5).float()}
     for kind in _KINDS[split]:
         for i, picture in enumerate((pictures[kind] * 255).round().to(torch.uint8).numpy()):
