@@ -20,6 +20,16 @@ from handrecon.conventions import Observation
 from handrecon.training import (ArrayBatches, TrainConfig, TrainingDiverged, batch_seed, fit, learning_rate, load_checkpoint, load_weights,
                                 map_tensors, read_history, save_checkpoint)
 
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    "These networks are too small to share between cores."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 torch.manual_seed(0)
 POINTS = torch.randn(96, 3)
 TARGETS = POINTS[:, :1] - 2 * POINTS[:, 1:2]
