@@ -133,12 +133,12 @@ def sample_poses(
         poses = torch.cat([poses, pose[self_penetration(pose, arrays) <= max_penetration]])
     return poses[:n] * (1 if side == "right" else torch.tensor([1., -1., -1.]).repeat(15))
 
-# %% ../nbs/03_proxy_hand.ipynb #7265c93a
+# %% ../nbs/03_proxy_hand.ipynb #d2381280
 SKIN_TONES = (      # sRGB of the back of the hand, from the lightest to the darkest
     (0.96, 0.80, 0.71), (0.91, 0.71, 0.59), (0.82, 0.61, 0.47), (0.69, 0.48, 0.35), (0.50, 0.33, 0.24), (0.34, 0.22, 0.16), (0.24, 0.15, 0.12))
 PALM_TONES = (      # of the palm of the same hands: far less pigment
     (0.97, 0.77, 0.69), (0.94, 0.72, 0.62), (0.90, 0.68, 0.56), (0.84, 0.61, 0.49), (0.74, 0.52, 0.42), (0.64, 0.44, 0.35), (0.56, 0.38, 0.31))
-NAIL_TINT = (0.93, 0.70, 0.66)
+NAIL_TINT = (0.98, 0.76, 0.72)
 MEAN_SKIN = (0.82, 0.61, 0.47)
 
 # %% ../nbs/03_proxy_hand.ipynb #3776bc95
@@ -149,7 +149,7 @@ def _tone(
     i = x.floor().long().clamp(max=len(table) - 2)
     return torch.lerp(table[i], table[i + 1], (x - i)[:, None])[:, None]
 
-# %% ../nbs/03_proxy_hand.ipynb #3ad86d5a
+# %% ../nbs/03_proxy_hand.ipynb #90a3f6d4
 def skin_texture(
     tone: Float[Tensor, "n"],                   # 0 lightest … 1 darkest
     features: Float[Tensor, "V 6"],             # palm, nail, crease, knuckle, flush, free edge of the nail
@@ -160,9 +160,9 @@ def skin_texture(
     color = torch.lerp(back, _tone(PALM_TONES, tone), palm)
     color = color * (1 - knuckle * torch.tensor([0.06, 0.13, 0.13])) * (1 - flush * torch.tensor([0.0, 0.10, 0.09]))
     color = color * (1 - crease * torch.tensor([0.16, 0.24, 0.26]))
-    tint = torch.lerp(back, torch.tensor(NAIL_TINT), 0.62)
+    tint = torch.lerp(back, torch.tensor(NAIL_TINT), 0.68)
     color = torch.lerp(color, tint, nail)
-    return torch.lerp(color, torch.lerp(tint, torch.ones(3), 0.55), edge).clamp(0, 1)
+    return torch.lerp(color, torch.lerp(tint, torch.tensor([1., 0.96, 0.90]), 0.6), edge).clamp(0, 1)
 
 # %% ../nbs/03_proxy_hand.ipynb #1047d5d2
 @lru_cache
@@ -187,14 +187,14 @@ def mirror_arrays(
     out["hands_components"] *= sign
     return out
 
-# %% ../nbs/03_proxy_hand.ipynb #f2c819aa
+# %% ../nbs/03_proxy_hand.ipynb #717aebcc
 def proxy_hand_arrays(
     side: str = "right",
 ) -> dict[str, Tensor]:
     "MANO's arrays of the proxy hand, with `texture` (V, 3) and the `skin_features` (V, 6) that textures are made of."
     if side not in ("right", "left"):
         raise ValueError(f"side: expected 'right' or 'left', found {side!r}")
-    arrays = {name: array.float() if array.is_floating_point() else array for name, array in _packaged_arrays().items()}
+    arrays = {name: array.to(torch.float32 if array.is_floating_point() else torch.int64, copy=True) for name, array in _packaged_arrays().items()}
     return arrays if side == "right" else mirror_arrays(arrays)
 
 # %% ../nbs/03_proxy_hand.ipynb #962a9e84
