@@ -71,23 +71,23 @@ def bone_orientation_loss(
     difference = bone_directions(detected, shortest) - bone_directions(predicted, shortest)
     return (con_bone * seen * difference.square().sum(-1)).mean()
 
-# %% ../nbs/07_losses.ipynb #00b53297
+# %% ../nbs/07_losses.ipynb #5aab86fd
 def photometric_confidence(
     confidence: Float[Tensor, "B J"],  # con_i in [0, 1]
     variant: Literal["paper", "public"] = "paper",
     gate: float = 0.1,                 # public only: the least confidence every joint must exceed
-) -> Float[Tensor, "B"]:
+) -> Float[Tensor, " B"]:
     "How far a sample's colours are to be trusted. `paper`: con_sum of Eq. 6. `public`: mean confidence, 0 if any joint is at or below `gate`."
     if variant == "paper":
         return confidence.sum(-1)
     return confidence.mean(-1) * (confidence.amin(-1) > gate)
 
-# %% ../nbs/07_losses.ipynb #9ed0dbf4
+# %% ../nbs/07_losses.ipynb #57bc1020
 def pixel_loss(
     image: Float[Tensor, "B 3 H W"],       # RGB in [0, 1]
     rendered: Float[Tensor, "B 3 H W"],    # RGB of the rendered hand over black
     silhouette: Float[Tensor, "B H W"],    # S^re in [0, 1]
-    con_sum: Float[Tensor, "B"],           # see `photometric_confidence`
+    con_sum: Float[Tensor, " B"],           # see `photometric_confidence`
     norm: Literal[1, 2] = 1,               # of the colour difference of a pixel: 1 as both papers say, 2 as the first one's formula prints
 ) -> Float[Tensor, ""]:
     "E_pixel, Eq. 6 of S²HAND: mean colour difference over the visible hand, weighted by the sample's confidence."
@@ -140,12 +140,12 @@ def ssim_map(
         structure = (2 * (xy - mx * my) + C2) / (xx_yy - mx * mx - my * my + C2)
         return luminance * structure
 
-# %% ../nbs/07_losses.ipynb #3f325c8c
+# %% ../nbs/07_losses.ipynb #5038f712
 def ssim(
     x: Float[Tensor, "B C H W"],  # intensities in [0, 1]
     y: Float[Tensor, "B C H W"],
     size: int = 11,
-) -> Float[Tensor, "B"]:
+) -> Float[Tensor, " B"]:
     "Mean structural similarity of each pair: 1 for equal pictures, at most 1 (Wang et al. 2004)."
     return ssim_map(x, y, size).mean((1, 2, 3))
 
@@ -167,10 +167,10 @@ def shape_regularizer(
     "E_β = ‖β‖ of S²HAND §3.4. `public`: mean of β²."
     return torch.linalg.vector_norm(shape, dim=-1).mean() if variant == "paper" else shape.square().mean()
 
-# %% ../nbs/07_losses.ipynb #6d7bfd07
+# %% ../nbs/07_losses.ipynb #3245bfe1
 def texture_regularizer(
     texture: Float[Tensor, "B N 3"],       # RGB of each vertex or face
-    con: Float[Tensor, "B"] | None = None,  # trust in each sample's colours; squared, as in the authors' code
+    con: Float[Tensor, " B"] | None = None,  # trust in each sample's colours; squared, as in the authors' code
     sigmas: float = 2.0,
 ) -> Float[Tensor, ""]:
     "E_C of S²HAND: colours more than 2σ from their own hand's mean pay their distance to it; everything per sample and channel."
