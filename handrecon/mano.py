@@ -116,7 +116,7 @@ class HandMesh(NamedTuple):
     vertices: Float[Tensor, "B V 3"]    # metres
     joints: Float[Tensor, "B 21 3"]     # metres
 
-# %% ../nbs/02_mano.ipynb #d68be346
+# %% ../nbs/02_mano.ipynb #a4b4d6b5
 class HandModel(nn.Module):
     """MANO's function from parameters to a mesh, for any arrays with MANO's names.
 
@@ -134,7 +134,7 @@ class HandModel(nn.Module):
         fingertips: tuple[int, ...] = FINGERTIP_VERTICES["freihand"],   # vertices: thumb, index, middle, ring, little
     ):
         super().__init__()
-        arrays = check_arrays(arrays)
+        arrays, self.source = check_arrays(arrays), None       # `source` says which file it came from, if any
         self.side, self.n_pca, self.flat_hand_mean, self.fingertips = side, n_pca, flat_hand_mean, tuple(int(v) for v in fingertips)
         self._check_options(len(arrays["v_template"]), len(arrays["hands_mean"]))
         self.parents = (-1, *arrays["kintree_table"][0, 1:].tolist())
@@ -144,6 +144,12 @@ class HandModel(nn.Module):
         arrays["order"], arrays["tips"] = np.array(MANO_TO_FREIHAND), np.array(self.fingertips)
         for name, array in arrays.items():
             self.register_buffer(name, torch.tensor(array, dtype=torch.float32 if array.dtype.kind == "f" else torch.int64), persistent=False)
+
+    @classmethod
+    def from_mano(cls, path, **options) -> "HandModel":
+        "The model in an official MANO file, or a folder of them: see `handrecon.mano_files.load_mano` for options. Raises ValueError."
+        from handrecon.mano_files import load_mano
+        return load_mano(path, **options)
 
     def _check_options(self, n_vertices: int, n_angles: int):
         if self.side not in ("right", "left"):
