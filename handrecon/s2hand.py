@@ -10,7 +10,7 @@ __all__ = ['RECIPES', 'HELD_OUT_SEED', 'DATASETS', 'S2HandConfig', 'S2HandOutput
            'detection_box', 'joints_only', 'similarity_2d', 'Start', 'viewpoint_starts', 'start_from',
            'fit_to_detections']
 
-# %% ../nbs/20_s2hand.ipynb #1a99b05b
+# %% ../nbs/20_s2hand.ipynb #79f40edf
 import json
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
@@ -24,7 +24,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .camera import project
+from .camera import project, unproject
 from .conventions import Observation, Truth, joint_limits
 from .keypoints import read_s2hand_detections
 from .losses import (
@@ -38,7 +38,7 @@ from .rotation import axis_angle_to_matrix, matrix_to_axis_angle, matrix_to_rota
 from .synthetic import SyntheticConfig, make_batch
 from .training import ArrayBatches, TrainConfig, batch_seed, load_checkpoint, load_weights, map_tensors, save_checkpoint
 
-# %% ../nbs/20_s2hand.ipynb #312c48a0
+# %% ../nbs/20_s2hand.ipynb #d31e5886
 @dataclass(frozen=True)
 class S2HandConfig:
     "Symbols of S²HAND; defaults are the paper's (weights: §3.4 and the TPAMI text, §4.3)."
@@ -62,7 +62,7 @@ class S2HandConfig:
     root_rotation: tuple[float, float, float] = (torch.pi, 0.0, 0.0)  # of the hand before R acts, axis-angle
     z_bias: float = 0.65               # z of an untrained network, metres
     scale_bias: float = 0.95           # s of an untrained network
-    canonical_focal: float = 0.0       # 0: T is the network's (paper). f > 0: it is meant for a centred camera of focal f·width, then carried over to K
+    canonical_focal: float = 0.0       # 0: T is the network's (paper); f > 0: bounded, for a centred camera of focal f·width: see place_translation
     bone_length: float = 0.0282        # E_s: length of the middle finger's proximal bone, metres; 0: the hand model's own
 
 # %% ../nbs/20_s2hand.ipynb #3022de78
@@ -77,21 +77,21 @@ class S2HandOutput(NamedTuple):
     image: Float[Tensor, "B 3 H W"] | None        # rendered hand on black
     silhouette: Float[Tensor, "B H W"] | None     # in [0, 1]
 
-# %% ../nbs/20_s2hand.ipynb #9c89b77e
+# %% ../nbs/20_s2hand.ipynb #a5b81cb5
 def place_translation(
-    translation: Float[Tensor, "B 3"],  # metres, in front of a centred camera of focal length focal·width
-    K: Float[Tensor, "B 3 3"],          # the camera that really took the picture, pixels
+    translation: Float[Tensor, "B 3"],  # what the network says: x and y at depth z0, z around z0; metres
+    K: Float[Tensor, "B 3 3"],          # the camera that took the picture, pixels
     width: float,                       # of the picture, pixels
-    focal: float,                       # of the centred camera, in picture widths
-) -> Float[Tensor, "B 3"]:              # metres, projects by K where the input projects by the centred camera
-    "Carry a translation from the centred camera over to `K`: same pixel, same size on the picture."
-    z = translation[:, 2].clamp(min=1e-2)
-    u = focal * width * translation[:, :2] / z[:, None] + width / 2          # pixel seen by the centred camera
-    f, c = K[:, [0, 1], [0, 1]], K[:, :2, 2]
-    depth = z * f.mean(1) / (focal * width)                                  # same f/z: same size
-    return torch.cat([(u - c) / f * depth[:, None], depth[:, None]], 1)
+    focal: float,                       # of a centred reference camera, in picture widths
+    z0: float,                          # metres
+) -> Float[Tensor, "B 3"]:              # metres
+    "Where a hand must be to look to `K` as the network's hand looks to the reference camera; its depth stays between z0/e and z0·e."
+    z = z0 * ((translation[:, 2] - z0) / z0).tanh().exp()
+    pixel = focal * width * translation[:, :2] / z0 + width / 2
+    depth = z * K[:, [0, 1], [0, 1]].mean(1) / (focal * width)               # same f/z: same size
+    return unproject(pixel[:, None], depth[:, None], K)[:, 0]
 
-# %% ../nbs/20_s2hand.ipynb #59f50658
+# %% ../nbs/20_s2hand.ipynb #c01497a4
 class S2Hand(nn.Module):
     "Encoder, hand model and renderer of S²HAND's 3D branch (§3.1–3.3)."
 
@@ -101,7 +101,8 @@ class S2Hand(nn.Module):
         hand: HandModel,  # right hand with config.n_pca pose components
     ):
         super().__init__()
-        self.config, self.hand = config, hand
+        bone = (hand.J_template[4] - hand.J_template[5]).norm().item()           # middle finger, MANO order
+        self.config, self.hand = replace(config, bone_length=config.bone_length or bone), hand
         self.encoder = HandEncoder(
             config.backbone, config.weights or None, n_pose=hand.n_pose, n_shape=hand.n_shape,
             n_texture=hand.n_faces if config.texture == "face" else hand.n_vertices, image_size=config.image_size,
@@ -129,7 +130,7 @@ class S2Hand(nn.Module):
         rest = self.hand(code.pose, code.shape, rotation=root)                                  # M₀, J₀
         T = code.translation
         if self.config.canonical_focal:
-            T = place_translation(T, K, image_size[1], self.config.canonical_focal)
+            T = place_translation(T, K, image_size[1], self.config.canonical_focal, self.config.z_bias)
         R = axis_angle_to_matrix(code.rotation)
         mesh = transform_mesh(rest, code.scale[:, 0].abs(), R, T)
         image = silhouette = None
@@ -237,7 +238,7 @@ class Pictures:
             observation, turn * self.turn, (zoom * self.zoom).exp(), torch.stack([x, y], -1) * self.shift * width, truth)
         return observation if truth is None else (observation, truth)
 
-# %% ../nbs/20_s2hand.ipynb #f444404b
+# %% ../nbs/20_s2hand.ipynb #734d54be
 @dataclass(frozen=True)
 class Recipe:
     "Everything a profile decides."
@@ -249,10 +250,10 @@ class Recipe:
     turn: float = torch.pi           # camera moves: see Pictures
     zoom: float = 0.0
     shift: float = 0.0
-    photo: bool = True               # E_photo and E_C; without them nothing is rendered
+    photo: float = 1.0               # share of each batch that is rendered, for E_photo and E_C; 0: none
 
-# %% ../nbs/20_s2hand.ipynb #ca6e1af4
-_SMALL = S2HandConfig(backbone="small", image_size=64, rotation="6d", canonical_focal=2.0, bone_length=0.0)
+# %% ../nbs/20_s2hand.ipynb #9bf6ad8f
+_SMALL = S2HandConfig(backbone="small", image_size=64, rotation="6d", canonical_focal=2.14, bone_length=0.0)
 _FAST = TrainConfig(batch_size=64, lr=1e-3, schedule="cosine", warmup=50, clip=1.0, ema=0.99)
 RECIPES = {
     "smoke": Recipe(_SMALL, replace(_FAST, steps=30, warmup=5, ema=0.9), n_train=256, n_eval=64),
@@ -314,19 +315,27 @@ def load_pictures(dataset: str, data_root: str | Path, recipe: Recipe, seed: int
 # %% ../nbs/20_s2hand.ipynb #6ec491db
 DATASETS = ("synthetic", "freihand")
 
-# %% ../nbs/20_s2hand.ipynb #0c9a5dec
+# %% ../nbs/20_s2hand.ipynb #35f1529d
 def self_supervised(recipe: Recipe, observation: Observation, seed: int):
     "Loss and data for `training.fit`: each batch is an Observation, so no truth can be in it."
     def terms(model: S2Hand, batch: Observation) -> dict[str, Tensor]:
-        return loss_terms(model(batch.image, batch.K, with_image=recipe.photo), batch, recipe.model)
+        code, appearance = model.encoder(batch.image)
+        size = batch.image.shape[-2:]
+        n = round(recipe.photo * len(batch.K)) if appearance else 0
+        if n in (0, len(batch.K)):
+            return loss_terms(model.decode(code, appearance if n else None, batch.K, size), batch, model.config)
+        losses = loss_terms(model.decode(code, None, batch.K, size), batch, model.config)
+        part, shown, seen = (map_tensors(x, lambda t: t[:n]) for x in (code, appearance, batch))
+        painted = loss_terms(model.decode(part, shown, seen.K, size), seen, model.config)
+        return losses | {name: painted[name] for name in ("E_pixel", "E_SSIM", "E_C")}
     return terms, Pictures(observation, None, recipe.train.micro_batch, seed, recipe.turn, recipe.zoom, recipe.shift)
 
-# %% ../nbs/20_s2hand.ipynb #17c25d56
+# %% ../nbs/20_s2hand.ipynb #c5040aba
 def supervised(recipe: Recipe, observation: Observation, truth: Truth, seed: int):
     "The same for the fully supervised baseline: same pictures in the same order, through the same camera moves."
     def terms(model: S2Hand, batch: tuple[Observation, Truth]) -> dict[str, Tensor]:
         seen, known = batch
-        return loss_terms_supervised(model(seen.image, seen.K, with_image=False), known, recipe.model)
+        return loss_terms_supervised(model(seen.image, seen.K, with_image=False), known, model.config)
     return terms, Pictures(observation, truth, recipe.train.micro_batch, seed, recipe.turn, recipe.zoom, recipe.shift)
 
 # %% ../nbs/20_s2hand.ipynb #a845e113
@@ -415,16 +424,18 @@ def load(source: str | Path = "s2hand", hand: HandModel | None = None) -> S2Hand
     load_weights(model, weights, path)
     return model.eval()
 
-# %% ../nbs/20_s2hand.ipynb #69937256
+# %% ../nbs/20_s2hand.ipynb #abe77683
 @dataclass(frozen=True)
 class FitConfig:
     "How parameters are fitted to the detections of a picture."
-    steps: int = 200          # Adam steps
+    steps: int = 200          # Adam steps of the starts that were kept; all starts take a fifth of it first
     lr: float = 0.03          # of the first step; falls to a tenth by a cosine
-    starts: int = 8           # viewpoints kept out of all that were tried
-    tried: int = 96           # viewpoints tried in closed form, each with every posture
-    postures: tuple[str, ...] = ("relaxed", "fist", "flat")  # see proxy_hand.POSTURES
+    kept: int = 4             # starts kept
+    starts: int = 20          # starts in all, out of the best two viewpoints for each posture ...
+    tried: int = 128          # ... of so many
+    postures: tuple[str, ...] = ("flat", "relaxed", "fist", "thumb up", "point", "two", "pinch", "cylinder", "hook", "claw")  # see proxy_hand.POSTURES
     w_theta: float = 0.01     # pull towards the mean pose, per square radian: what the picture does not say
+    w_beta: float = 0.01      # pull towards the mean shape, per squared standard deviation
     objective: S2HandConfig = S2HandConfig(bone_length=0.0)
 
 # %% ../nbs/20_s2hand.ipynb #1348dc1f
@@ -460,13 +471,13 @@ def detection_box(
     high = keypoints.masked_fill(missing, -torch.inf).amax(1)
     return (high - low).amax(1).clamp(min=1.0)
 
-# %% ../nbs/20_s2hand.ipynb #77bb2466
+# %% ../nbs/20_s2hand.ipynb #198246b1
 def joints_only(hand: HandModel) -> HandModel:
     "The same joints at a thirtieth of the work: an axis-angle hand whose only vertices are the fingertips."
     tips = list(hand.fingertips)
     arrays = {name: getattr(hand, name).cpu() for name in hand.ARRAYS}
     arrays |= {name: arrays[name][tips] for name in ("v_template", "shapedirs", "posedirs", "weights")}
-    arrays |= {"J_regressor": arrays["J_regressor"][:, tips]}
+    arrays |= {"J_regressor": arrays["J_regressor"][:, tips], "f": arrays["f"][:0]}   # no surface
     small = HandModel(arrays, hand.side, fingertips=tuple(range(len(tips)))).to(hand.v_template.device)
     small.J_template, small.J_directions = hand.J_template, hand.J_directions   # the joints still come from the whole surface
     return small
@@ -495,7 +506,7 @@ class Start(NamedTuple):
     rotation: Float[Tensor, "B S 3 3"]     # of hand axes about their origin
     translation: Float[Tensor, "B S 3"]    # metres
 
-# %% ../nbs/20_s2hand.ipynb #8203b36b
+# %% ../nbs/20_s2hand.ipynb #a5bef835
 def viewpoint_starts(
     observation: Observation,
     hand: HandModel,  # axis-angle pose
@@ -508,16 +519,17 @@ def viewpoint_starts(
     weight = observation.confidence / observation.confidence.sum(1, keepdim=True).clamp(min=1e-6)
     rays = torch.cat([observation.keypoints, torch.ones_like(weight)[..., None]], -1) @ torch.linalg.inv(observation.K).mT
     a, left = similarity_2d(turned[..., :2], rays[..., :2], weight)
-    left, which = left.unflatten(1, (config.tried, len(poses))).min(2)                           # best pose of each viewpoint
-    best = left.topk(config.starts, largest=False).indices                                       # (B, S)
-    index = best * len(poses) + which.gather(1, best)
+    best = left.unflatten(1, (config.tried, len(poses))).topk(2, 1, largest=False).indices        # (B, 2, P)
+    index = (best * len(poses) + torch.arange(len(poses), device=best.device)).flatten(1)
+    index = index.gather(1, left.gather(1, index).argsort(1)[:, :config.starts])                  # (B, S), the best one first
     a = a.gather(1, index[..., None].expand(-1, -1, 2))
+    posed, viewed = index % len(poses), index // len(poses)
     size = a.norm(dim=-1).clamp(min=1e-6)                                                        # 1/depth
     c, s, zero = a[..., 0] / size, a[..., 1] / size, torch.zeros_like(size)
     turn = torch.stack([c, -s, zero, s, c, zero, zero, zero, zero + 1], -1).unflatten(-1, (3, 3))
     anchor = torch.einsum("bsij,bsnj,bn->bsi", turn, turned[index], weight)                      # weighted centre of the turned joints
     seen = torch.einsum("bnk,bn->bk", rays, weight)[:, None] / size[..., None]                   # where it must lie
-    return Start(poses[index % len(poses)], observation.K.new_zeros(*best.shape, hand.n_shape), turn @ views[best], seen - anchor)
+    return Start(poses[posed], observation.K.new_zeros(*index.shape, hand.n_shape), turn @ views[viewed], seen - anchor)
 
 # %% ../nbs/20_s2hand.ipynb #73386aab
 def start_from(output: S2HandOutput, hand: HandModel) -> Start:  # hand: axis-angle pose
@@ -532,12 +544,13 @@ def _placed(hand: HandModel, x: Start) -> HandMesh:
     "R·hand(pose, shape) + T."
     return transform_mesh(hand(x.pose, x.shape), torch.ones_like(x.translation[:, 0]), x.rotation, x.translation)
 
-# %% ../nbs/20_s2hand.ipynb #9b3ec900
+# %% ../nbs/20_s2hand.ipynb #a2678c33
 def _descend(
     observation: Observation,
     hand: HandModel,
     start: Start,  # one for each picture: B pose, shape, ...
     config: FitConfig,
+    steps: int,
 ) -> Start:
     "Adam on the losses of the paper; the pose is put back inside the joint limits after every step."
     low, high = (x.flatten().to(start.pose) for x in joint_limits().unbind(-1))
@@ -548,18 +561,18 @@ def _descend(
     variables = [x.detach().requires_grad_() for x in (pose, shape, turn, move)]
     pose, shape, turn, move = variables
     optimizer = torch.optim.Adam(variables, lr=config.lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps, config.lr / 10)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, config.lr / 10)
 
     def state() -> Start:
         depth = start.translation[:, 2:] * (0.3 * move[:, 2:]).exp()
         return Start(pose, shape, rotation_6d_to_matrix(turn), torch.cat([start.translation[:, :2] + 0.1 * move[:, :2], depth], 1))
 
-    for _ in range(config.steps):
+    for _ in range(steps):
         keypoints = project(_placed(hand, state()).joints, observation.K)
         energy = (
             o.w_geo * joint_location_loss(keypoints * unit, observation.keypoints * unit, observation.confidence)
             + o.w_geo * o.w_ori * bone_orientation_loss(keypoints * unit, observation.keypoints * unit, observation.confidence)
-            + o.w_regu * shape_regularizer(shape) + config.w_theta * (pose - hand.hands_mean).pow(2).mean())
+            + config.w_beta * shape.pow(2).mean() + config.w_theta * (pose - hand.hands_mean).pow(2).mean())
         optimizer.zero_grad()
         (energy * len(pose)).backward()   # hands do not see each other: the sum is every hand's own problem
         optimizer.step()
@@ -568,7 +581,15 @@ def _descend(
     with torch.no_grad():
         return Start(*(x.detach() for x in state()))
 
-# %% ../nbs/20_s2hand.ipynb #91dcf2cb
+# %% ../nbs/20_s2hand.ipynb #17618945
+def _misfit(observation: Observation, hand: HandModel, x: Start, config: FitConfig) -> Float[Tensor, "B"]:
+    "Mean joint error in boxes, plus what makes a hand unlikely: by this the starts compete."
+    distance = (project(_placed(hand, x).joints, observation.K) - observation.keypoints).norm(dim=-1)
+    mean = (distance * observation.confidence).sum(1) / observation.confidence.sum(1)
+    unlikely = config.w_theta * (x.pose - hand.hands_mean).pow(2).mean(1) + config.w_beta * x.shape.pow(2).mean(1)
+    return mean / detection_box(observation.keypoints, observation.confidence) + unlikely
+
+# %% ../nbs/20_s2hand.ipynb #2745291d
 def fit_to_detections(
     observation: Observation,              # the picture itself is not looked at
     hand: HandModel,                       # a right hand
@@ -583,20 +604,20 @@ def fit_to_detections(
         starts = viewpoint_starts(observation, skeleton, config)
         if init is not None:
             starts = Start(*(torch.cat(x, 1) for x in zip(start_from(init, skeleton), starts)))
-    B, S = starts.pose.shape[:2]
-    many = Observation(*(getattr(observation, f).repeat_interleave(S, 0) for f in observation.__dataclass_fields__))
-    first = Start(*(x.flatten(0, 1) for x in starts))
-    before = project(_placed(skeleton, first).joints, many.K)
-    found = _descend(many, skeleton, first, config)
-    after = project(_placed(skeleton, found).joints, many.K)
-    misfit = ((after - many.keypoints).norm(dim=-1) * many.confidence).sum(1) / many.confidence.sum(1)
-    misfit = misfit / detection_box(many.keypoints, many.confidence)
-    unlikely = config.w_theta * (found.pose - skeleton.hands_mean).pow(2).mean(1) + 0.01 * found.shape.pow(2).mean(1)
-    best = (misfit + unlikely).unflatten(0, (B, S)).argmin(1) + torch.arange(B, device=misfit.device) * S
-    error = lambda keypoints: reprojection_error(keypoints[best], observation.keypoints, observation.confidence)
-    pose, shape, rotation, translation = chosen = Start(*(x[best] for x in found))
+    first = starts
+    for steps, kept in ((config.steps // 5, config.kept), (config.steps, 1)):
+        B, S = starts.pose.shape[:2]
+        many = Observation(*(getattr(observation, f).repeat_interleave(S, 0) for f in observation.__dataclass_fields__))
+        found = _descend(many, skeleton, Start(*(x.flatten(0, 1) for x in starts)), config, steps)
+        best = _misfit(many, skeleton, found, config).unflatten(0, (B, S)).topk(min(kept, S), largest=False).indices
+        pick = lambda x: x.unflatten(0, (B, S)).gather(1, best.view(B, -1, *[1] * (x.ndim - 1)).expand(-1, -1, *x.shape[1:]))
+        starts = Start(*(pick(x) for x in found))
+    error = lambda x: reprojection_error(project(_placed(skeleton, x).joints, observation.K), observation.keypoints, observation.confidence)
+    begin = Start(*(x[:, 0] for x in first))
+    pose, shape, rotation, translation = chosen = Start(*(x[:, 0] for x in starts))
     wrist = skeleton(pose, shape).joints[:, 0]
     full = HandModel({name: getattr(hand, name).cpu() for name in hand.ARRAYS}, hand.side, fingertips=hand.fingertips).to(pose.device)
-    return HandFit(_placed(full, chosen), after[best], pose, shape, matrix_to_axis_angle(rotation),
+    mesh = _placed(full, chosen)
+    return HandFit(mesh, project(mesh.joints, observation.K), pose, shape, matrix_to_axis_angle(rotation),
                    translation + (rotation @ wrist[..., None])[..., 0] - wrist,   # MANO turns about the wrist
-                   error(before), error(after))
+                   error(begin), error(chosen))
