@@ -90,11 +90,11 @@ def _segment_distance(
     s = ((b * t - d) / a.clamp_min(1e-12)).clamp(0, 1)
     return (w + s[..., None] * u - t[..., None] * v).norm(dim=-1)
 
-# %% ../nbs/03_proxy_hand.ipynb #793fa70e
+# %% ../nbs/03_proxy_hand.ipynb #8d28c33f
 def self_penetration(
     pose: Float[Tensor, "n 45"],                            # axis-angle of a right hand, radians
     arrays: dict | None = None,                             # of the hand; the packaged one by default
-) -> Float[Tensor, "n"]:                                    # metres; 0 where nothing touches
+) -> Float[Tensor, " n"]:                                    # metres; 0 where nothing touches
     "How deep the capsules around any two bones of different fingers, or of a finger and the palm, overlap."
     arrays = arrays or proxy_hand_arrays()
     joints = arrays["J_regressor"] @ arrays["v_template"]
@@ -108,7 +108,7 @@ def self_penetration(
     gap = _segment_distance(start[:, i], along[:, i], start[:, j], along[:, j]) - arrays["bone_radii"][i] - arrays["bone_radii"][j]
     return (-gap).clamp_min(0).amax(1)
 
-# %% ../nbs/03_proxy_hand.ipynb #df23f13f
+# %% ../nbs/03_proxy_hand.ipynb #5157d6e2
 def sample_poses(
     n: int,
     generator: torch.Generator,
@@ -117,11 +117,13 @@ def sample_poses(
     arrays: dict | None = None,                             # of the right hand; the packaged one by default
 ) -> Float[Tensor, "n 45"]:                                 # axis-angle, radians, within the joint limits
     "Plausible poses: blends of named postures, finger by finger, jittered; overlapping hands are drawn again."
+    if max_penetration < 0:
+        raise ValueError(f"max_penetration: expected metres, zero or more, found {max_penetration}")
     poses = torch.zeros(0, 45)
     table = torch.tensor(list(POSTURES.values()), dtype=torch.float32) * pi / 180
     digit = torch.tensor([0] * 3 + [1] * 3 + [2] * 3 + [3] * 3 + [4] * 5)
     while len(poses) < n:
-        m = 2 * (n - len(poses)) + 16
+        m = min(2 * (n - len(poses)) + 16, 8192)             # a block fits any memory
         pick = torch.randint(len(table), (m, 2), generator=generator)
         mix = torch.rand(m, 1, generator=generator) + 0.25 * torch.randn(m, 5, generator=generator)
         mix = (1.6 * mix - 0.3).clamp(0, 1)[:, digit]
@@ -141,17 +143,17 @@ PALM_TONES = (      # of the palm of the same hands: far less pigment
 NAIL_TINT = (0.98, 0.76, 0.72)
 MEAN_SKIN = (0.82, 0.61, 0.47)
 
-# %% ../nbs/03_proxy_hand.ipynb #3776bc95
+# %% ../nbs/03_proxy_hand.ipynb #0e20b6a2
 def _tone(
-    table: tuple, tone: Float[Tensor, "n"],     # 0 lightest … 1 darkest
+    table: tuple, tone: Float[Tensor, " n"],     # 0 lightest … 1 darkest
 ) -> Float[Tensor, "n 1 3"]:
     table, x = torch.tensor(table), tone.clamp(0, 1) * (len(table) - 1)
     i = x.floor().long().clamp(max=len(table) - 2)
     return torch.lerp(table[i], table[i + 1], (x - i)[:, None])[:, None]
 
-# %% ../nbs/03_proxy_hand.ipynb #90a3f6d4
+# %% ../nbs/03_proxy_hand.ipynb #9d8b7db2
 def skin_texture(
-    tone: Float[Tensor, "n"],                   # 0 lightest … 1 darkest
+    tone: Float[Tensor, " n"],                   # 0 lightest … 1 darkest
     features: Float[Tensor, "V 6"],             # palm, nail, crease, knuckle, flush, free edge of the nail
 ) -> Float[Tensor, "n V 3"]:                    # albedo, RGB in [0, 1]
     "Paint a hand: back and palm tones, reddish joints and finger ends, dark creases, nails."

@@ -69,8 +69,8 @@ def bend(joint, axis, degrees):
 
 
 def test_arrays_have_manos_names_and_shapes(arrays):
-    shapes = dict(v_template=(778, 3), shapedirs=(778, 3, 10), posedirs=(778, 3, 135), J_regressor=(16, 778), weights=(778, 16), f=(1538, 3),
-                  kintree_table=(2, 16), hands_components=(45, 45), hands_mean=(45,), texture=(778, 3))
+    shapes = {"v_template": (778, 3), "shapedirs": (778, 3, 10), "posedirs": (778, 3, 135), "J_regressor": (16, 778), "weights": (778, 16),
+              "f": (1538, 3), "kintree_table": (2, 16), "hands_components": (45, 45), "hands_mean": (45,), "texture": (778, 3)}
     for name, shape in shapes.items():
         assert tuple(arrays[name].shape) == shape, name
         assert torch.isfinite(arrays[name].float()).all(), name
@@ -259,7 +259,8 @@ def test_face_colors(arrays):
     assert torch.allclose(mean[1, 7], colors[1, arrays["f"][7]].mean(0))
 
 
-@pytest.mark.parametrize("call, words", [(lambda: ph.proxy_hand("both"), "'right' or 'left'"), (lambda: ph.posture("fits"), "fist")])
+@pytest.mark.parametrize("call, words", [(lambda: ph.proxy_hand("both"), "'right' or 'left'"), (lambda: ph.posture("fits"), "fist"),
+                                         (lambda: ph.sample_poses(1, generator(), max_penetration=-1.), "zero or more")])
 def test_errors(call, words):
     with pytest.raises(ValueError, match=words): call()
 
