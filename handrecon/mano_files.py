@@ -6,7 +6,7 @@
 __all__ = ['ManoFileError', 'read_pickle', 'read_mano', 'detect_side', 'has_shapedirs_error', 'ManoSource', 'load_mano',
            'ManoReport', 'check_mano', 'ManoLayer']
 
-# %% ../nbs/02b_mano_files.ipynb #4a797ca7
+# %% ../nbs/02b_mano_files.ipynb #8575fad1
 import hashlib
 import os
 import pickle
@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
@@ -62,7 +62,7 @@ def _known_name(module: str, name: str) -> _Name:
         raise ManoFileError(f"refused: it asks for {full[:80]!r}, which no hand model needs (nothing was run)")
     return _Name(full)
 
-# %% ../nbs/02b_mano_files.ipynb #ac6973cc
+# %% ../nbs/02b_mano_files.ipynb #eed1dba7
 _INSTRUCTIONS = """MARK STOP POP POP_MARK FLOAT INT BININT BININT1 LONG BININT2 NONE REDUCE STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE
  APPEND BUILD GLOBAL DICT EMPTY_DICT APPENDS GET BINGET LONG_BINGET LIST EMPTY_LIST PUT BINPUT LONG_BINPUT SETITEM TUPLE EMPTY_TUPLE SETITEMS
  BINFLOAT PROTO NEWOBJ TUPLE1 TUPLE2 TUPLE3 NEWTRUE NEWFALSE LONG1 LONG4 BINBYTES SHORT_BINBYTES SHORT_BINUNICODE BINUNICODE8 BINBYTES8
@@ -71,17 +71,17 @@ _INSTRUCTIONS = """MARK STOP POP POP_MARK FLOAT INT BININT BININT1 LONG BININT2 
 
 class _Machine(dict):
     "The table of instructions, which counts how many were looked up."
-    budget = 1_000_000
+    budget = 50_000
 
     def __getitem__(self, code: int):
         self.budget -= 1
         if self.budget < 0:
-            raise ManoFileError("refused: more than a million instructions, where a hand model has a few thousand")
+            raise ManoFileError("refused: more than 50,000 instructions, where a hand model has about a thousand")
         if code not in self:
             raise ManoFileError(f"refused: it uses the pickle instruction {bytes([code])!r}, which no hand model needs (nothing was run)")
         return super().__getitem__(code)
 
-# %% ../nbs/02b_mano_files.ipynb #68c4607f
+# %% ../nbs/02b_mano_files.ipynb #fab839bd
 class _DataUnpickler(pickle._Unpickler):
     "Rebuilds numbers, texts, lists, tuples, dictionaries, and records of everything else."
 
@@ -119,8 +119,8 @@ class _DataUnpickler(pickle._Unpickler):
 
     @staticmethod
     def _pairs(target, items: list) -> dict:
-        if not isinstance(target, dict) or not all(type(key) in (str, int, bytes) for key in items[::2]):
-            raise ManoFileError("refused: a dictionary with keys that are neither text nor whole numbers")
+        if not isinstance(target, dict) or not all(type(key) is str for key in items[::2]):
+            raise ManoFileError("refused: a dictionary whose keys are not texts")
         target.update(zip(items[::2], items[1::2], strict=True))
         return target
 
@@ -260,7 +260,7 @@ def _read_npy(data: bytes) -> np.ndarray:
         raise ManoFileError(f"holds an array of {kind}, expected plain numbers")
     return _plain_array(shape, kind, stream.read(), fortran)
 
-# %% ../nbs/02b_mano_files.ipynb #d930f94f
+# %% ../nbs/02b_mano_files.ipynb #5ae013ed
 def _read_any(data: bytes) -> tuple[dict, str]:         # arrays by name; what kind of file
     "MANO's arrays of a file's bytes; those that are there."
     start = data[:512].lstrip().lower()
@@ -275,8 +275,8 @@ def _read_any(data: bytes) -> tuple[dict, str]:         # arrays by name; what k
     if not isinstance(tree, dict):
         raise ManoFileError(f"found a pickle of {getattr(tree, 'name', type(tree).__name__)!r}, expected a dictionary of arrays")
     arrays = {name: _array(tree[name]) for name in MANO_ARRAYS if name in tree}
-    by_chumpy = any(isinstance(x, _Record) and (x.name.startswith("chumpy.") or str(x.args[:1]).startswith("('chumpy.")) for x in tree.values())
-    return arrays, "pickle with chumpy arrays" if by_chumpy else "pickle"
+    classes = [name for x in tree.values() if isinstance(x, _Record) for name in (x.name, *x.args[:1]) if isinstance(name, _Name)]
+    return arrays, "pickle with chumpy arrays" if any(name.startswith("chumpy.") for name in classes) else "pickle"
 
 # %% ../nbs/02b_mano_files.ipynb #84b370e5
 _RELATIVES = {6890: "an SMPL body (or SMPL+H)", 10475: "an SMPL-X body", 5023: "a FLAME head"}       # by number of vertices
@@ -454,7 +454,7 @@ def check_mano(
     upright = model.v_template[:, [2, 0, 1]] * torch.tensor([1.0, 1 if source.side == "right" else -1, 1 if source.side == "right" else -1])
     return ManoReport(lines, turntable(upright, model.faces))
 
-# %% ../nbs/02b_mano_files.ipynb #531f34ad
+# %% ../nbs/02b_mano_files.ipynb #9dbdd221
 class ManoLayer(nn.Module):
     "manopth's layer on top of `HandModel`: same arguments, same results in millimetres."
 
@@ -476,17 +476,39 @@ class ManoLayer(nn.Module):
         tips = FINGERTIP_VERTICES["manopth" if side == "right" else "manopth-left"]
         self.model = load_mano(Path(mano_root) / f"MANO_{side.upper()}.pkl", side, ncomps if use_pca else None, flat_hand_mean, tips, mend_shapedirs=False)
         self.center_idx, self.side, self.use_pca, self.ncomps = center_idx, side, use_pca, ncomps if use_pca else len(self.model.hands_mean)
-        self.th_faces = self.model.faces
+
+    @property
+    def th_faces(self) -> Int[Tensor, "F 3"]:
+        return self.model.faces
+
+    @property
+    def th_v_template(self) -> Float[Tensor, "1 V 3"]:
+        return self.model.v_template[None]
+
+    @property
+    def th_J_regressor(self) -> Float[Tensor, "J V"]:
+        return self.model.J_regressor
+
+    @property
+    def th_weights(self) -> Float[Tensor, "V J"]:
+        return self.model.weights
 
     def forward(
         self,
         th_pose_coeffs: Float[Tensor, "B n"],                   # root axis-angle, then ncomps numbers
         th_betas: Float[Tensor, "B s"] | Float[Tensor, "1"] | None = None,
         th_trans: Float[Tensor, "B 3"] | Float[Tensor, "1"] | None = None,      # metres
+        root_palm: Tensor | bool = False,                       # joint 0 is the palm, between vertices 95 and 22
+        share_betas: Tensor | bool = False,                     # one shape for the batch: the mean
     ) -> tuple[Float[Tensor, "B V 3"], Float[Tensor, "B 21 3"]]:                 # millimetres
         "Vertices and joints."
         rotation, pose = th_pose_coeffs[:, :3], th_pose_coeffs[:, 3:3 + self.ncomps]
-        vertices, joints = self.model(pose, None if th_betas is None or th_betas.numel() == 1 else th_betas, rotation)
+        betas = None if th_betas is None or th_betas.numel() == 1 else th_betas
+        if betas is not None and share_betas:
+            betas = betas.mean(0, keepdim=True).expand_as(betas)
+        vertices, joints = self.model(pose, betas, rotation)
+        if root_palm:
+            joints = torch.cat([vertices[:, [95, 22]].mean(1, keepdim=True), joints[:, 1:]], 1)
         if th_trans is not None and th_trans.norm() != 0:
             shift = th_trans[:, None]
         else:

@@ -353,6 +353,10 @@ def test_mano_layer_is_manopths(tmp_path):
                 assert torch.allclose(centre, 1000 * (want - mesh.joints[:, 9:10]), atol=1e-2)
             assert all(torch.equal(a, b) for a, b in zip(centred, layer(coefficients, betas, torch.zeros(1))))
             assert torch.allclose(layer(coefficients)[0], layer(coefficients, torch.zeros(1))[0])
+            assert torch.allclose(layer(coefficients, betas, share_betas=torch.ones(1))[0], layer(coefficients, betas.mean(0).expand(2, -1))[0], atol=1e-2)
+            palm = layer(coefficients, betas, trans, root_palm=torch.ones(1))
+            assert torch.allclose(palm[1][:, 0], palm[0][:, [22, 95]].mean(1), atol=1e-2) and torch.equal(palm[1][:, 1:], moved[1][:, 1:])
+    assert layer.th_faces.shape == (1538, 3) and layer.th_v_template.shape == (1, 778, 3) and layer.th_J_regressor.shape == (16, 778) and layer.th_weights.shape == (778, 16)
     with pytest.raises(ValueError, match="rotation modes"):
         mf.ManoLayer(mano_root=tmp_path, root_rot_mode="rot6d")
 
