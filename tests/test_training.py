@@ -255,21 +255,26 @@ def test_resume_is_exact(tmp_path, more):
 
 SCRIPT = """
 import os, signal, sys
+from dataclasses import dataclass
 import torch
 from torch import nn
 from handrecon.training import ArrayBatches, TrainConfig, fit, save_checkpoint
+@dataclass(frozen=True)
+class Batch:
+    x: torch.Tensor
+    y: torch.Tensor
 out, kill_at, batch_norm = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "bn"
 torch.manual_seed(0)
 torch.set_num_threads(1)
 model = nn.Sequential(nn.Linear(2, 32), nn.BatchNorm1d(32) if batch_norm else nn.Identity(), nn.ReLU(), nn.Dropout(0.3 * batch_norm), nn.Linear(32, 1))
 points = torch.randn(200, 2)
 config = TrainConfig(steps=30, batch_size=20, ema=0.9, log_every=5, save_every=7, device="cpu")
-data = ArrayBatches((points, points.prod(1, keepdim=True)), config.micro_batch)
+data = ArrayBatches(Batch(points, points.prod(1, keepdim=True)), config.micro_batch)
 def batch_at(index):
     if index == kill_at:
         os.kill(os.getpid(), signal.SIGKILL)
     return data.batch_at(index)
-fit(model, lambda m, b: {"fit": (m(b[0]) - b[1]).square().mean()}, batch_at, config, out, resume=True, progress=False)
+fit(model, lambda m, b: {"fit": (m(b.x) - b.y).square().mean()}, batch_at, config, out, resume=True, progress=False)
 if os.environ.get("RANK", "0") == "0":
     save_checkpoint(out + "/final.safetensors", model, {"system": "toy"})
 """
