@@ -7,7 +7,7 @@ __all__ = ['SIDES', 'Detections', 'shortest_decimals', 'write_text_atomically', 
            'read_s2hand_detections', 'read_openpose', 'write_openpose', 'read_detections', 'DetectorNoise',
            'finger_crowding', 'as_generator', 'simulate_detections', 'mediapipe_detections']
 
-# %% ../nbs/12_keypoints.ipynb #09c6afef
+# %% ../nbs/12_keypoints.ipynb #08e3cbfd
 import json
 import os
 import tempfile
@@ -19,24 +19,24 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .conventions import BONES, JOINT_NAMES, JOINT_PARENTS
+from .conventions import JOINT_NAMES
 
 # %% ../nbs/12_keypoints.ipynb #5539f0cf
 SIDES = ("left", "right", "")  # "" = nobody said, or no hand in this picture
 
-# %% ../nbs/12_keypoints.ipynb #8022cb90
+# %% ../nbs/12_keypoints.ipynb #92eb8e65
 @dataclass(frozen=True)
 class Detections:
     "2D joints of N hands, FreiHAND order. Raises ValueError where shapes or values do not fit together."
-    names: list[str]                       # the picture each hand was found in
-    xy: Float[Tensor, "N 21 2"]            # pixels of that whole picture; (0, 0) where missing
-    confidence: Float[Tensor, "N 21"]      # >= 0; 0 where missing
+    names: list[str]                       # N: the picture each hand was found in
+    xy: Tensor                             # (N, 21, 2) pixels of that whole picture; (0, 0) where missing
+    confidence: Tensor                     # (N, 21) >= 0; 0 where missing
     side: list[str] | None = None          # "left", "right" or "" for each hand
 
     def __post_init__(self):
         for field in ("xy", "confidence"):
             object.__setattr__(self, field, torch.as_tensor(getattr(self, field), dtype=torch.float32))
-        _check_detections(self, "detections")
+        _check_detections(self)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -52,21 +52,27 @@ class Detections:
         return Detections([self.names[i] for i in keep], self.xy[keep], self.confidence[keep],
                           None if self.side is None else [self.side[i] for i in keep])
 
-# %% ../nbs/12_keypoints.ipynb #7ccb6ea2
-def _check_detections(found: Detections, where: str) -> None:
+# %% ../nbs/12_keypoints.ipynb #999bed56
+def _check_detections(found: Detections) -> None:
     "One sentence for the first thing wrong."
     n, joints = len(found.names), len(JOINT_NAMES)
     expected = {"xy": (n, joints, 2), "confidence": (n, joints)}
     for field, shape in expected.items():
         value = getattr(found, field)
         if tuple(value.shape) != shape:
-            raise ValueError(f"{where}: expected {field} of shape {shape} for {n} names, found {tuple(value.shape)}")
+            raise ValueError(f"expected {field} of shape {shape} for {n} names, found {tuple(value.shape)}")
         if not torch.isfinite(value).all():
-            raise ValueError(f"{where}: expected finite {field}, found {value[~torch.isfinite(value)][0].item()}")
+            raise ValueError(f"expected finite {field}, found {value[~torch.isfinite(value)][0].item()}")
     if (found.confidence < 0).any():
-        raise ValueError(f"{where}: expected confidence of at least 0, found {found.confidence.min().item():.3g}")
+        raise ValueError(f"expected confidence of at least 0, found {found.confidence.min().item():.3g}")
     if found.side is not None and (len(found.side) != n or not set(found.side) <= set(SIDES)):
-        raise ValueError(f"{where}: expected side to hold {n} of {SIDES}, found {found.side[:3]} and {len(found.side)} in all")
+        raise ValueError(f"expected side to hold {n} of {SIDES}, found {found.side[:3]} and {len(found.side)} in all")
+
+# %% ../nbs/12_keypoints.ipynb #07852963
+def _detections_of(path: str | Path, *fields) -> Detections:
+    "Detections, or a ValueError that names the file they came from."
+    try: return Detections(*fields)
+    except ValueError as error: raise ValueError(f"{path}: {error}") from None
 
 # %% ../nbs/12_keypoints.ipynb #72c7b646
 def shortest_decimals(values: Float[Tensor, "..."]) -> np.ndarray:  # float64 that print as the float32 would
@@ -128,7 +134,7 @@ def read_s2hand_detections(path: str | Path) -> Detections:
     "Read S²HAND's `[xy, confidence, names]` file. Raises ValueError for anything else."
     return _parse_s2hand(_load_json(path), path)
 
-# %% ../nbs/12_keypoints.ipynb #cc9f9b26
+# %% ../nbs/12_keypoints.ipynb #161e0e7f
 def _parse_s2hand(data, path: str | Path) -> Detections:
     "Detections from the parsed list of three lists."
     if not (isinstance(data, list) and len(data) == 3):
@@ -141,8 +147,7 @@ def _parse_s2hand(data, path: str | Path) -> Detections:
     confidence = _numbers(data[1], (-1, joints, 1), f"{path}: confidence")[..., 0]
     if not len(xy) == len(confidence) == len(names):
         raise ValueError(f"{path}: expected equally many xy, confidence and names, found {len(xy)}, {len(confidence)} and {len(names)}")
-    _check_detections(found := Detections(names, xy, confidence), str(path))
-    return found
+    return _detections_of(path, names, xy, confidence)
 
 # %% ../nbs/12_keypoints.ipynb #cf93a2f2
 _HAND_KEYS = {"left": "hand_left_keypoints_2d", "right": "hand_right_keypoints_2d"}
@@ -162,7 +167,7 @@ def _parse_openpose(data, path: str | Path) -> list[tuple[str, Float[Tensor, "21
                     hands.append((side, joints))
     return hands
 
-# %% ../nbs/12_keypoints.ipynb #249e9cda
+# %% ../nbs/12_keypoints.ipynb #46e0b317
 def read_openpose(path: str | Path) -> Detections:
     """Read one OpenPose `*_keypoints.json`, or a folder of them in the order of their names.
 
@@ -178,8 +183,7 @@ def read_openpose(path: str | Path) -> Detections:
             names.append(file.stem.removesuffix("_keypoints"))
             rows.append(joints)
             sides.append(side)
-    _check_detections(found := Detections(names, torch.stack(rows)[..., :2], torch.stack(rows)[..., 2], sides), str(path))
-    return found
+    return _detections_of(path, names, torch.stack(rows)[..., :2], torch.stack(rows)[..., 2], sides)
 
 # %% ../nbs/12_keypoints.ipynb #3432d90b
 def _flat(joints: Float[Tensor, "21 3"] | None) -> list[float | int]:

@@ -10,7 +10,7 @@ __all__ = ['ARM_STATIONS', 'OVERSAMPLE', 'SyntheticConfig', 'palm_frame', 'sampl
            'joint_visibility', 'photograph', 'make_batch', 'block_seed', 'SyntheticHands', 'freihand_parameters',
            'write_freihand']
 
-# %% ../nbs/13_synthetic.ipynb #844879b3
+# %% ../nbs/13_synthetic.ipynb #006c5c48
 import errno
 import json
 import math
@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, no_type_check
 
 import cv2
 import numpy as np
@@ -68,8 +68,8 @@ class SyntheticConfig:
             if not 0 < low <= high:
                 raise ValueError(f"SyntheticConfig.{name}: expected 0 < low <= high, found {getattr(self, name)}")
 
-# %% ../nbs/13_synthetic.ipynb #523f23ed
-def _uniform(g: torch.Generator, shape: tuple[int, ...], low: float = 0.0, high: float = 1.0) -> Float[Tensor, "..."]:
+# %% ../nbs/13_synthetic.ipynb #20730031
+def _uniform(g: torch.Generator, shape: tuple[int, ...], low: float | int = 0, high: float | int = 1) -> Float[Tensor, "..."]:
     "Independent uniform numbers."
     return low + (high - low) * torch.rand(shape, generator=g)
 
@@ -78,13 +78,14 @@ def _chance(g: torch.Generator, n: int, probability: float) -> Float[Tensor, "n"
     "1 with the given probability, else 0."
     return (torch.rand(n, generator=g) < probability).float()
 
-# %% ../nbs/13_synthetic.ipynb #69169b04
+# %% ../nbs/13_synthetic.ipynb #7b0051a2
 def palm_frame(
     joints: Float[Tensor, "B 21 3"],
-) -> Float[Tensor, "B 3 3"]:  # columns: across towards the thumb, from the fingers to the wrist, out of the back (right hand)
+    side: str = "right",
+) -> Float[Tensor, "B 3 3"]:  # columns: across (a right hand's towards the thumb), from the fingers to the wrist, out of the back
     "Orthonormal axes of the palm."
     down = F.normalize(joints[:, 0] - joints[:, 9], dim=-1)
-    across = joints[:, 5] - joints[:, 17]
+    across = (joints[:, 5] - joints[:, 17]) * (1 if side == "right" else -1)
     back = F.normalize(torch.linalg.cross(across, down), dim=-1)
     return torch.stack([torch.linalg.cross(down, back), down, back], -1)
 
@@ -130,7 +131,7 @@ def frame(
     K[:, :2, 2] = size / 2
     return centre - (low + high) / 2, K
 
-# %% ../nbs/13_synthetic.ipynb #8934ceb9
+# %% ../nbs/13_synthetic.ipynb #3349acdf
 def sample_hands(
     n: int,
     generator: torch.Generator,
@@ -141,7 +142,7 @@ def sample_hands(
     hand = hand or default_hand()
     pose, shape = sample_poses(n, generator, side=hand.side), sample_shapes(n, generator)
     rest = hand(pose, shape)
-    rotation = sample_views(n, generator, config.view_spread) @ palm_frame(rest.joints).mT
+    rotation = sample_views(n, generator, config.view_spread) @ palm_frame(rest.joints, hand.side).mT
     wrist = rest.joints[:, :1]
     turn = lambda x: (x - wrist) @ rotation.mT + wrist
     turned = HandMesh(turn(rest.vertices), turn(rest.joints))
@@ -226,12 +227,13 @@ def superquadrics(
     z = power(latitude.sin()[:, None], e1).expand_as(x)
     return torch.stack([x, y, z], -1).flatten(-3, -2) * size[..., None, :]
 
-# %% ../nbs/13_synthetic.ipynb #3d5a97e4
+# %% ../nbs/13_synthetic.ipynb #1fd78953
 def occluders(
     joints: Float[Tensor, "B 21 3"],    # camera axes, metres
     generator: torch.Generator,
     probability: float,
     count: int = 2,
+    side: str = "right",
 ) -> Float[Tensor, "B n 3"]:            # n = count × points a blob; all at one place where there is none
     "Balls, boxes and sticks between the camera and the hand, or held in it."
     g, n = generator, len(joints)
@@ -243,7 +245,7 @@ def occluders(
     chosen = torch.randint(21, (n, count), generator=g)
     target = joints.gather(1, chosen[..., None].expand(-1, -1, 3))
     held = _chance(g, n * count, 0.4).view(n, count, 1)
-    palm = palm_frame(joints)[..., 2]
+    palm = palm_frame(joints, side)[..., 2]
     towards = torch.where(held > 0, -palm[:, None], -F.normalize(target, dim=-1))
     middle = joints[:, [0, 5, 9, 17]].mean(1, keepdim=True) - 0.02 * palm[:, None]
     target = torch.where(held > 0, middle + 0.25 * (joints[:, 9:10] - joints[:, :1]), target + 0.02 * torch.randn(n, count, 3, generator=g))
@@ -278,8 +280,9 @@ def sample_lamps(n: int, generator: torch.Generator) -> Lamps:
     ground = sky * _uniform(g, (n, 3), 0.3, 0.9)
     return Lamps(direction, power * tint[:, :2], sky, ground, 0.35 * _uniform(g, (n,)) ** 2)
 
-# %% ../nbs/13_synthetic.ipynb #30d418c8
+# %% ../nbs/13_synthetic.ipynb #ff70ca66
 @compiled
+@no_type_check  # Numba wants the bare function
 def _openness(job, vertices, normals, balls, radii, lights, ambient, arriving):
     "One hand: every vertex against every ball."
     smooth = lambda x: x * x * (3 - 2 * x)
@@ -332,8 +335,9 @@ def light_vertices(
     gloss = (normals[..., None, :] @ half[..., None])[..., 0, 0].clamp_min(0) ** 24 * arriving[..., 0] * lamps.gloss[:, None]
     return torch.baddbmm(light, cosine, lamps.colour), gloss[..., None] * lamps.colour[:, :1]
 
-# %% ../nbs/13_synthetic.ipynb #c38b64dc
+# %% ../nbs/13_synthetic.ipynb #9d5bbd19
 @compiled
+@no_type_check  # Numba wants the bare function
 def _resolve(job, face_index, barycentric, faces, colours, hand_faces, step, colour, cover, mask):
     "One picture: means over step × step fragments."
     height, width = cover.shape[1:]
@@ -407,7 +411,7 @@ def _pixel_grid(size: int) -> tuple[Float[Tensor, "1 size size"], Float[Tensor, 
     line = (torch.arange(size) + 0.5) * (2 / size) - 1
     return line.expand(1, size, size), line[:, None].expand(1, size, size)
 
-# %% ../nbs/13_synthetic.ipynb #f521da85
+# %% ../nbs/13_synthetic.ipynb #abb638d5
 def paint_shapes(
     image: Float[Tensor, "B 3 S S"],
     colours: Float[Tensor, "B n 3"],
@@ -421,7 +425,7 @@ def paint_shapes(
     kind, sharp = torch.rand(batch, count, generator=g), torch.exp(_uniform(g, (batch, count), 1.0, 4.0))
     shading = _uniform(g, (batch, count), -0.5, 0.5)
     for k in range(count):
-        at = lambda v: v[:, k, None, None]
+        at = lambda v, k=k: v[:, k, None, None]
         dx, dy, c, s = x - at(centre[..., 0]), y - at(centre[..., 1]), at(angle).cos(), at(angle).sin()
         u, v = (c * dx + s * dy) / at(radius[..., 0]), (c * dy - s * dx) / at(radius[..., 1])
         away = torch.where(at(kind) < 0.5, torch.maximum(u.abs(), v.abs()), torch.hypot(u, v))
@@ -570,7 +574,7 @@ def _dressed_arm(
     colour = colour * (1 + 0.03 * torch.randn(*colour.shape[:2], 1, generator=g))
     return torch.cat([arm, sleeve], 1), torch.cat([colour, random_colours(n, g)[:, None].expand_as(sleeve)], 1)
 
-# %% ../nbs/13_synthetic.ipynb #cb95c7c8
+# %% ../nbs/13_synthetic.ipynb #766bdf14
 def dress(
     hands: Hands,
     generator: torch.Generator,
@@ -584,7 +588,7 @@ def dress(
     skin = albedo[:, ring].mean(1)
     axis = F.normalize(joints[:, 0] - joints[:, [5, 9, 13, 17]].mean(1), dim=-1)
     arm, arm_colour = _dressed_arm(vertices[:, ring], albedo[:, ring], axis, g, config)
-    things = occluders(joints, g, config.occluder)
+    things = occluders(joints, g, config.occluder, side=hand.side)
     colour = torch.where(_chance(g, 2 * n, 0.15).view(n, 2, 1) > 0, skin[:, None], random_colours(2 * n, g).view(n, 2, 3))
     colour = colour.repeat_interleave(things.shape[1] // 2, 1)
     return Scene(torch.cat([vertices, arm, things], 1), faces, torch.cat([albedo, arm_colour, colour], 1), skin)
@@ -692,7 +696,7 @@ def block_seed(*numbers: int) -> int:
     "A 63-bit seed from several non-negative numbers; neighbours have nothing in common."
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
-# %% ../nbs/13_synthetic.ipynb #0828cd69
+# %% ../nbs/13_synthetic.ipynb #afc9dec5
 class SyntheticHands(torch.utils.data.Dataset):
     "n pictures made when asked for: `hands[i]` one sample, `hands.batch_at(k)` block k, the same for the same (seed, config, block)."
     def __init__(self, n: int, seed: int = 0, config: SyntheticConfig = SyntheticConfig(), block: int = 32, hand: HandModel | None = None):
@@ -708,13 +712,13 @@ class SyntheticHands(torch.utils.data.Dataset):
         return make_batch(self.block, block_seed(self.seed, index % max(1, self.n // self.block)), self.config, self.hand)
 
     def __getitem__(self, index: int) -> tuple[Observation, Truth]:
-        "Sample `index`, its tensors without the batch dimension."
+        "Sample `index`, a batch of one."
         if not 0 <= index < self.n:
             raise IndexError(f"SyntheticHands: expected an index below {self.n}, found {index}")
         number, row = divmod(index, self.block)
         if self._last[0] != number:
             self._last = number, make_batch(self.block, block_seed(self.seed, number), self.config, self.hand)
-        return tuple(type(part)(*(getattr(part, f)[row] for f in part.__dataclass_fields__)) for part in self._last[1])
+        return tuple(type(part)(*(getattr(part, f)[row:row + 1] for f in part.__dataclass_fields__)) for part in self._last[1])
 
 # %% ../nbs/13_synthetic.ipynb #efc93ab1
 def freihand_parameters(
