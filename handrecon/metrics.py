@@ -131,7 +131,7 @@ def pa_mpjpe(
 # %% ../nbs/15_metrics.ipynb #3d9d6616
 OFFICIAL_THRESHOLDS = np.linspace(0.0, 0.05, 100)  # metres
 
-# %% ../nbs/15_metrics.ipynb #5323e309
+# %% ../nbs/15_metrics.ipynb #7ec83578
 def pck(
     errors: Float[Array, "N P"],                               # any unit
     thresholds: Float[np.ndarray, " T"] = OFFICIAL_THRESHOLDS,  # same unit, ascending
@@ -139,10 +139,10 @@ def pck(
 ) -> Float[np.ndarray, "P T"]:
     "Share of each point's errors at or below each threshold; NaN for a point that is never valid."
     errors = _float64(errors)
-    N, P = errors.shape
-    valid = np.ones((N, P), bool) if valid is None else np.asarray(valid, dtype=bool)
-    first = np.searchsorted(thresholds, errors)  # index of the first threshold ≥ the error
-    bins = (first + np.arange(P) * (len(thresholds) + 1))[valid]
+    P = errors.shape[1]
+    bins = np.searchsorted(thresholds, errors)  # index of the first threshold ≥ the error
+    bins += np.arange(P) * (len(thresholds) + 1)  # each point has its own bins
+    bins = bins.ravel() if valid is None else bins[np.asarray(valid, dtype=bool)]
     counts = np.bincount(bins, minlength=P * (len(thresholds) + 1)).reshape(P, -1)
     with np.errstate(invalid="ignore"):
         return counts[:, :-1].cumsum(1) / counts.sum(1, keepdims=True)
@@ -280,7 +280,7 @@ class HandEvaluator:
             out[f"f_score_{mm}"], out[f"f_al_score_{mm}"] = raw, aligned
         return out
 
-# %% ../nbs/15_metrics.ipynb #86a32c79
+# %% ../nbs/15_metrics.ipynb #96d8a7a6
 def evaluate_hands(
     gt_xyz: Float[Array, "N 21 3"],     # metres, in the data set's own order and axes
     gt_verts: Float[Array, "N V 3"],
@@ -291,6 +291,8 @@ def evaluate_hands(
     "The official evaluator's scores.txt of arrays, unrounded. Raises ValueError for numbers that are not finite."
     arrays = {"gt_xyz": gt_xyz, "gt_verts": gt_verts, "pred_xyz": pred_xyz, "pred_verts": pred_verts}
     for name, x in arrays.items():
+        if len(x) != len(gt_xyz):
+            raise ValueError(f"{name}: expected {len(gt_xyz)} hands as in gt_xyz, found {len(x)}")
         _require_finite(name, _float64(x))
     evaluator = HandEvaluator(dataset)
     for i in range(0, len(gt_xyz), 256):

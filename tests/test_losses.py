@@ -282,7 +282,7 @@ def test_poses_within_the_limits_are_free(seed):
 # --- all ----------------------------------------------------------------------------------------------------------
 
 P, Q, CON = rand(2, 21, 2) * 90, rand(2, 21, 2, seed=1) * 90, rand(2, 21, seed=2)
-IMAGE, OTHER, SOFT = rand(2, 3, 13, 12, seed=3), rand(2, 3, 13, 12, seed=4), rand(2, 13, 12, seed=5)
+IMAGE, OTHER, SOFT = rand(2, 3, 11, 12, seed=3), rand(2, 3, 11, 12, seed=4), rand(2, 11, 12, seed=5)
 ALL = {
     "loc": (lambda x: L.joint_location_loss(x, Q, CON), P),
     "loc public": (lambda x: L.joint_location_loss(x, Q, CON, variant="public"), P),
@@ -302,7 +302,7 @@ ALL = {
 @pytest.mark.parametrize("name", ALL)
 def test_gradients_agree_with_finite_differences(name):
     loss, x = ALL[name]
-    assert gradcheck(loss, x.clone().requires_grad_())
+    assert gradcheck(loss, x.clone().requires_grad_(), fast_mode=x.numel() > 100)
 
 
 @pytest.mark.parametrize("name", ALL)
