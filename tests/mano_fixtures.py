@@ -167,7 +167,8 @@ def py2_dtype(dtype):
 
 def py2_array(a):
     fortran = a.flags.f_contiguous and not a.flags.c_contiguous
-    return Rebuilt(Name("numpy.core.multiarray _reconstruct"), (Name("numpy ndarray"), tuple([0]), interned("b")),
+    zero = tuple([0])       # noqa: C409  a literal would be one shared object, and become a reference in the stream
+    return Rebuilt(Name("numpy.core.multiarray _reconstruct"), (Name("numpy ndarray"), zero, interned("b")),
                    (1, a.shape, py2_dtype(a.dtype), fortran, a.tobytes("A" if fortran else "C")))
 
 
