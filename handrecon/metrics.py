@@ -238,7 +238,7 @@ def _carried_along(pred_xyz: np.ndarray, gt_xyz: np.ndarray, pred_verts: np.ndar
     turned = (pred_verts - mean) @ T.rotation.transpose(0, 2, 1)
     return turned * (T.unit_scale * T.target_norm)[:, None, None] + (T.target_mean - T.source_mean) + mean
 
-# %% ../nbs/15_metrics.ipynb #762c953e
+# %% ../nbs/15_metrics.ipynb #25199b0f
 class HandEvaluator:
     "Collects predictions block by block and answers with the official scores: `dataset` is 'freihand' or 'ho3d'."
 
@@ -254,6 +254,7 @@ class HandEvaluator:
         pred_xyz: Float[Array, "N 21 3"],
         pred_verts: Float[Array, "N P 3"],   # P ≠ V: another mesh, which has F-scores only
     ) -> None:
+        "Compare one block of hands; only the errors are kept."
         gt_xyz, gt_verts, pred_xyz, pred_verts = map(_float64, (gt_xyz, gt_verts, pred_xyz, pred_verts))
         if self.same_mesh is None:
             self.same_mesh = pred_verts.shape[1] == gt_verts.shape[1]
@@ -392,7 +393,7 @@ def _radius(x: np.ndarray) -> float:
     "Median over hands of the root mean square distance from the centroid."
     return float(np.median(np.sqrt(np.square(x - x.mean(1, keepdims=True)).sum(-1).mean(1))))
 
-# %% ../nbs/15_metrics.ipynb #c3994904
+# %% ../nbs/15_metrics.ipynb #b2e0d4d4
 def suspicions(
     gt_xyz: Float[Array, "N 21 3"],      # in the data set's own order and axes, metres
     pred_xyz: Float[Array, "N 21 3"],
@@ -410,7 +411,8 @@ def suspicions(
         elif 1 / 3000 < ratio < 1 / 300:
             found.append(f"the predicted {name} are {1 / ratio:.0f} times smaller than the true hands: divided by 1000 too often, or is the truth in millimetres?")
         if (sign * x[..., 2] < 0).all():
-            found.append(f"all predicted {name} have z {'> 0' if sign < 0 else '< 0'}: {'OpenCV axes where HO-3D wants OpenGL' if sign < 0 else 'OpenGL axes where FreiHAND wants OpenCV'}?")
+            axes = "OpenGL's (z < 0), are these OpenCV's" if dataset == "ho3d" else "OpenCV's (z > 0), are these OpenGL's"
+            found.append(f"all predicted {name} lie behind the camera: {dataset} has {axes}?")
     aligned = scores.get("xyz_al_mean3d", scores.get("xyz_procrustes_al_mean3d"))
     others = {order: name for name, order in reversed(JOINT_ORDERS.items()) if name != "mano" and order != JOINT_ORDERS[dataset]}  # one name an order
     tried = {name: 100 * pa_mpjpe(convert_joints(pred_xyz, name, dataset), gt_xyz) for name in others.values()}
