@@ -7,6 +7,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 OUT    ?= runs/s2hand-quick
+# Idle OpenMP threads sleep instead of spinning: on busy cores that is several times faster, on idle ones no slower.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: help env system-libraries reproduce test lab clean
 help:

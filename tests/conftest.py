@@ -1,5 +1,9 @@
 """Every function of the library is checked against its written shapes while the tests run."""
-from jaxtyping import install_import_hook
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: two test workers share two cores
+
+from jaxtyping import install_import_hook  # noqa: E402
 
 UNCHECKED = {"raster", "contour", "fused", "cli", "_modidx"}  # compiled kernels, and signatures that typer reads
 
