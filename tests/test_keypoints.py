@@ -220,26 +220,68 @@ def test_mediapipe_absent(monkeypatch):
         mediapipe_detections(torch.zeros(1, 3, 8, 8))
 
 
-def test_mediapipe_answers_are_translated(monkeypatch):
-    "A stand-in for the library: the first picture shows two hands, the second none."
-    def landmarks(x): return SimpleNamespace(landmark=[SimpleNamespace(x=x, y=0.5)] * 21)
-    def side(label, score): return SimpleNamespace(classification=[SimpleNamespace(label=label, score=score)])
-    answers = [SimpleNamespace(multi_hand_landmarks=[landmarks(0.25), landmarks(0.75)], multi_handedness=[side("Left", 0.6), side("Right", 0.9)]),
+PICTURES = torch.rand(2, 3, 20, 40)
+
+
+def stand_in(monkeypatch, **modules):
+    for name, module in modules.items():
+        monkeypatch.setitem(__import__("sys").modules, name.replace("__", "."), module)
+
+
+class Detector:
+    "The first picture shows two hands, the second none."
+    def __init__(self, answers): self.answers = list(answers)
+    def __enter__(self): return self
+    def __exit__(self, *_): pass
+
+    def __call__(self, image):
+        assert image.dtype == np.uint8 and image.shape == (20, 40, 3) and image.flags["C_CONTIGUOUS"]
+        return self.answers.pop(0)
+
+
+def points(x):
+    return [SimpleNamespace(x=x, y=0.5)] * 21
+
+
+def check_translation(found, sides):
+    assert found.names == ["a", "a", "b"] and found.side == [*sides, ""]
+    assert found.xy[0, 0].tolist() == [30, 10] and found.xy[1, 0].tolist() == [10, 10]   # best first
+    assert found.confidence[0, 0].item() == pytest.approx(0.9) and found.found.tolist() == [True, True, False]
+
+
+def test_mediapipe_solutions(monkeypatch):
+    side = lambda label, score: SimpleNamespace(classification=[SimpleNamespace(label=label, score=score)])
+    answers = [SimpleNamespace(multi_hand_landmarks=[SimpleNamespace(landmark=points(0.25)), SimpleNamespace(landmark=points(0.75))],
+                               multi_handedness=[side("Left", 0.6), side("Right", 0.9)]),
                SimpleNamespace(multi_hand_landmarks=None, multi_handedness=None)]
 
-    class Hands:
-        def __init__(self, **options): assert options["static_image_mode"]
-        def __enter__(self): return self
-        def __exit__(self, *_): pass
-        def process(self, image):
-            assert image.dtype == np.uint8 and image.shape == (20, 40, 3)
-            return answers.pop(0)
+    class Hands(Detector):
+        def __init__(self, **options):
+            assert options["static_image_mode"]
+            super().__init__(answers)
 
-    module = SimpleNamespace(Hands=Hands)
-    for name in ("mediapipe", "mediapipe.python", "mediapipe.python.solutions"):
-        monkeypatch.setitem(__import__("sys").modules, name, SimpleNamespace())
-    monkeypatch.setitem(__import__("sys").modules, "mediapipe.python.solutions.hands", module)
-    found = mediapipe_detections(torch.rand(2, 3, 20, 40), ["a", "b"])
-    assert found.names == ["a", "a", "b"] and found.side == ["left", "right", ""]
-    assert found.xy[0, 0].tolist() == [30, 10] and found.xy[1, 0].tolist() == [10, 10]
-    assert found.confidence[0, 0].item() == pytest.approx(0.9) and not found.found[2]
+        def process(self, image): return self(image)
+
+    empty = SimpleNamespace()
+    stand_in(monkeypatch, mediapipe=empty, mediapipe__python=empty, mediapipe__python__solutions=empty,
+             mediapipe__python__solutions__hands=SimpleNamespace(Hands=Hands))
+    check_translation(mediapipe_detections(PICTURES, ["a", "b"]), ["left", "right"])    # the library thinks of a mirror
+
+
+def test_mediapipe_tasks(monkeypatch, tmp_path):
+    side = lambda label, score: [SimpleNamespace(category_name=label, score=score)]
+    answers = [SimpleNamespace(hand_landmarks=[points(0.25), points(0.75)], handedness=[side("Left", 0.6), side("Right", 0.9)]),
+               SimpleNamespace(hand_landmarks=[], handedness=[])]
+
+    class Landmarker(Detector):
+        def detect(self, image): return self(image)
+
+    vision = SimpleNamespace(HandLandmarkerOptions=lambda **options: options,
+                             HandLandmarker=SimpleNamespace(create_from_options=lambda options: Landmarker(answers)))
+    library = SimpleNamespace(__version__="1.2.2", Image=lambda image_format, data: data, ImageFormat=SimpleNamespace(SRGB=1))
+    stand_in(monkeypatch, mediapipe=library, mediapipe__python=None, mediapipe__tasks=SimpleNamespace(),
+             mediapipe__tasks__python=SimpleNamespace(BaseOptions=lambda model_asset_path: model_asset_path, vision=vision))
+    with pytest.raises(ValueError, match="1.2.2 comes without its model: expected the path of hand_landmarker.task, found None"):
+        mediapipe_detections(PICTURES)
+    (tmp_path / "hand_landmarker.task").touch()
+    check_translation(mediapipe_detections(PICTURES, ["a", "b"], model=tmp_path / "hand_landmarker.task"), ["right", "left"])
