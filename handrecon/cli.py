@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['app', 'guarded', 'version', 'reconstruct', 'synth', 'evaluate', 'reproduce', 'main']
 
-# %% ../nbs/31_cli.ipynb #ff43820b
+# %% ../nbs/31_cli.ipynb #6445321e
 import functools
 import signal
 import sys
+import warnings
 from collections.abc import Callable
+from json import dumps
 from pathlib import Path
 from typing import Annotated
 
@@ -40,13 +42,15 @@ def _end(message: str, code: int) -> typer.Exit:
     typer.echo(message, err=True)
     return typer.Exit(code)
 
-# %% ../nbs/31_cli.ipynb #21ba0539
+# %% ../nbs/31_cli.ipynb #e74f758f
 def guarded(command: Callable) -> Callable:
     "A command whose failures are sentences: 2 for bad input, 130 for Ctrl-C, 1 for our own mistakes."
     @functools.wraps(command)
     def run(*args, **kwargs):
         try:
-            return command(*args, **kwargs)
+            with warnings.catch_warnings():
+                warnings.showwarning = lambda message, *_: typer.echo(f"Warning: {message}", err=True)
+                return command(*args, **kwargs)
         except KeyboardInterrupt:
             raise _end("Stopped; nothing half written was left.", 130) from None
         except BrokenPipeError:
@@ -85,7 +89,7 @@ def _numbers(text: str, option: str, n: int) -> list[float]:
         raise ValueError(f"{option} expects {n} numbers separated by commas, found {text!r}")
     return values
 
-# %% ../nbs/31_cli.ipynb #81de3f0d
+# %% ../nbs/31_cli.ipynb #3a175645
 @app.command()
 @guarded
 def reconstruct(
@@ -98,7 +102,9 @@ def reconstruct(
     box: Annotated[str | None, typer.Option(metavar="X0,Y0,X1,Y1", help="Where the hand is, pixels; default: everywhere.")] = None,
     fit: Annotated[bool, typer.Option(help="Move the result onto the detections.")] = True,
 ) -> None:
-    "Reconstruct hands from photos and videos: NAME.glb, NAME.overlay.png or .mp4, NAME.npz, hands.json."
+    """Reconstruct hands from photos and videos.
+
+    Writes for each NAME: NAME.glb (a mesh), NAME.overlay.png or .mp4, NAME.npz (vertices), and hands.json for all of them."""
     corners = None if box is None else _numbers(box, "--box", 4)
     from handrecon.reconstruct import load_network, reconstruct as run
     network, label = load_network(checkpoint, needed=detections is None or not fit)
@@ -106,25 +112,23 @@ def reconstruct(
         typer.echo(str(summary))
     typer.echo(f"Results: {out}")
 
-# %% ../nbs/31_cli.ipynb #5e304b4d
+# %% ../nbs/31_cli.ipynb #bb4d0b14
 @app.command()
 @guarded
 def synth(
     n: Annotated[int, typer.Option("--n", min=1, help="How many hands.")],
-    out: Annotated[Path, typer.Option(help="Folder to make; it must be empty or absent.")],
+    out: Annotated[Path, typer.Option(help="Folder to make; call again with the same options to go on after an interruption.")],
     layout: Annotated[str, typer.Option(help="freihand")] = "freihand",
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same files.")] = 0,
 ) -> None:
-    "Write synthetic hands in the layout of a public data set."
+    "Write synthetic hands in a data set's layout."
     if layout != "freihand":
         raise ValueError(f"--layout expects freihand, found {layout!r}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out}: expected an empty or absent folder")
     from handrecon.synthetic import write_freihand
-    write_freihand(out, n, seed)
-    typer.echo(f"Wrote {n} hands to {out}")
+    write_freihand(out, n, seed, progress=sys.stderr.isatty())
+    typer.echo(f"{n} hands to train on, and a tenth of it to evaluate on: {out}")
 
-# %% ../nbs/31_cli.ipynb #387ec168
+# %% ../nbs/31_cli.ipynb #8a2cca0b
 @app.command()
 @guarded
 def evaluate(
@@ -133,11 +137,17 @@ def evaluate(
     pred: Annotated[Path, typer.Option(help="The predictions, pred.json.")],
     json: Annotated[Path | None, typer.Option(metavar="OUT", help="Also write the unrounded numbers to this file.")] = None,
 ) -> None:
-    "Print what the official evaluator of a data set prints."
+    "Print what a data set's official evaluator prints."
+    if dataset not in ("freihand", "ho3d"):
+        raise ValueError(f"--dataset expects freihand or ho3d, found {dataset!r}")
+    from handrecon.keypoints import write_text_atomically
     from handrecon.metrics import evaluate_files, format_report
-    raise NotImplementedError
+    scores = evaluate_files(gt, pred, dataset)
+    if json is not None:
+        write_text_atomically(json, dumps(scores, indent=1) + "\n")
+    typer.echo(format_report(scores))
 
-# %% ../nbs/31_cli.ipynb #d943f62c
+# %% ../nbs/31_cli.ipynb #ddd27680
 @app.command()
 @guarded
 def reproduce(
@@ -150,7 +160,9 @@ def reproduce(
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for the results; default: runs/SYSTEM-PROFILE.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run of the same settings stopped.")] = False,
 ) -> None:
-    "Train and evaluate a paper's system; leaves report.html, report.ipynb, metrics.json, checkpoint.safetensors and figures."
+    """Train and evaluate a paper's system.
+
+    Leaves in the folder: report.html, report.ipynb, metrics.json, config.json, checkpoint.safetensors and figures."""
     overrides = _settings(set_ or [])
     from handrecon.runs import reproduce as run
     run(system, profile, dataset, data_root, overrides, out, seed, resume)

@@ -14,7 +14,7 @@ from handrecon.proxy_hand import posture, proxy_hand
 from handrecon.s2hand import FitConfig, S2Hand, S2HandConfig, save
 from handrecon.viz import read_picture, save_picture
 
-QUICK = FitConfig(steps=60, starts=4)
+QUICK = FitConfig(steps=60)
 HEIGHT, WIDTH = 96, 128
 
 
