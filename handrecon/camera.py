@@ -107,18 +107,17 @@ def crop_intrinsics(
     shifted = K - corner[:, :, None] * torch.tensor([0, 0, 1.0], dtype=K.dtype, device=K.device)
     return shifted * F.pad(scale, (0, 1), value=1.0)[:, :, None]
 
-# %% ../nbs/04_camera.ipynb #31140933
+# %% ../nbs/04_camera.ipynb #d2f429de
 def _hat_weights(
     low: Float[Tensor, "B"], scale: Float[Tensor, "B"], size: int, length: int
 ) -> Float[Tensor, "B S L"]:
     "Resampling matrix of one axis: a triangle filter two samples wide, the samples being the coarser of the two grids'."
     grid = lambda start, stop: torch.arange(start, stop, device=low.device, dtype=low.dtype) + 0.5
     centre = low[:, None] + grid(0, size) / scale[:, None]                # (B, S) in picture pixels
-    sharpness = scale.clamp_max(1)[:, None, None]                       # < 1 when the crop is coarser than the picture
-    hat = lambda distance: (1 - distance.abs() * sharpness).clamp_min(0)
-    reach = int(1 / float(sharpness.min())) + 2
-    total = hat(grid(-reach, reach + 1) - centre.remainder(1)[..., None]).sum(-1, keepdim=True)  # as if the picture had no end
-    return hat(grid(0, length) - centre[..., None]) / total
+    sharpness = scale.clamp_max(1)[:, None, None]                         # < 1 when the crop is coarser than the picture
+    weight = (1 - (grid(0, length) - centre[..., None]).abs() * sharpness).clamp_min(0)
+    inside = (centre >= 0) & (centre <= length)
+    return torch.where(inside[..., None], weight / weight.sum(-1, keepdim=True).clamp_min(1e-12), 0)
 
 # %% ../nbs/04_camera.ipynb #de5b25f0
 def crop_images(
