@@ -125,7 +125,7 @@ def gaussian_blur(
     columns = _gaussian_band(x.shape[-1], size, sigma, x.dtype, x.device)
     return rows @ x @ columns.T
 
-# %% ../nbs/07_losses.ipynb #1d9cfd3b
+# %% ../nbs/07_losses.ipynb #7d467674
 def ssim_map(
     x: Float[Tensor, "B C H W"],  # intensities in [0, 1]
     y: Float[Tensor, "B C H W"],
@@ -134,7 +134,8 @@ def ssim_map(
     "Structural similarity of each window (Wang et al. 2004, Eq. 13), L = 1, K = (0.01, 0.03)."
     with torch.autocast(x.device.type, enabled=False):
         x, y = (v if v.dtype == torch.float64 else v.float() for v in (x, y))
-        mx, my, xx_yy, xy = gaussian_blur(torch.stack([x, y, x * x + y * y, x * y]), size)
+        mx = gaussian_blur(x, size)  # by itself: a given picture needs no gradient
+        my, xx_yy, xy = gaussian_blur(torch.stack([y, x * x + y * y, x * y]), size)
         C1, C2 = 0.01**2, 0.03**2
         luminance = (2 * mx * my + C1) / (mx * mx + my * my + C1)
         structure = (2 * (xy - mx * my) + C2) / (xx_yy - mx * mx - my * my + C2)

@@ -10,13 +10,13 @@ __all__ = ['Array', 'OFFICIAL_THRESHOLDS', 'OFFICIAL_COUNTS', 'INTERHAND_ROOTS',
            'stb_measures', 'interhand_measures', 'pck_2d', 'acceleration', 'acceleration_error', 'sequence_deviation',
            'mean_hand']
 
-# %% ../nbs/15_metrics.ipynb #acc72b2a
+# %% ../nbs/15_metrics.ipynb #3f596b93
 import json
 import os
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, NamedTuple, no_type_check
@@ -177,8 +177,17 @@ def measures(errors: Float[Array, "N P"]) -> Measures:  # metres
     errors = _float64(errors)
     return Measures(_mean_of_means(errors, None), float(np.median(errors, 0).mean()), auc(errors))
 
-# %% ../nbs/15_metrics.ipynb #a6202fac
-@numba.njit(nogil=True, cache=True, fastmath={"nnan", "nsz"})
+# %% ../nbs/15_metrics.ipynb #7ea06948
+def _compiled(function: Callable) -> Callable:
+    "Compile with Numba; keep the machine code on disk where some folder is writable."
+    options = {"nogil": True, "fastmath": {"nnan", "nsz"}}
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except RuntimeError:  # no place for a cache: compile in every process
+        return numba.njit(**options)(function)
+
+# %% ../nbs/15_metrics.ipynb #fbb81f15
+@_compiled
 @no_type_check
 def _nearest_squared(a, b, to_b, to_a):
     "For each point of a (n, 3, P) the squared distance to the nearest of b (n, 3, Q), and the reverse, in one pass over all pairs."

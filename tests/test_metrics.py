@@ -465,3 +465,9 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         M.write_predictions(path, STORED["noise5mm_xyz"], STORED["noise5mm_verts"], count=24)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_kernels_compile_where_no_cache_can_be_written(monkeypatch):
+    njit = M.numba.njit
+    monkeypatch.setattr(M.numba, "njit", lambda cache=False, **options: (_ for _ in ()).throw(RuntimeError("no locator")) if cache else njit(**options))
+    assert M._compiled(lambda x: x + 1)(2) == 3
