@@ -79,7 +79,7 @@ def find_sources(inputs: Sequence[str | os.PathLike]) -> list[Source]:
         raise InputError(f"two inputs are called {twice}: their results would have the same names")
     return [_open_source(path, name) for path, name in zip(paths, names)]
 
-# %% ../nbs/18_reconstruct.ipynb #63c0a975
+# %% ../nbs/18_reconstruct.ipynb #81b6d285
 def _open_source(path: Path, name: str) -> Source:
     "Open one file and look whether it is whole."
     if not path.exists():
@@ -88,7 +88,7 @@ def _open_source(path: Path, name: str) -> Source:
         return _open_video(path, name)
     try:
         height, width = read_picture(path).shape[:2]
-    except (ValueError, cv2.error):
+    except ValueError:
         raise InputError(f"{path}: not a picture or video that can be read") from None
     _check_size(path, height, width)
     return Source(path, name, False, height, width, 1, 0.0)

@@ -63,20 +63,24 @@ def _umask() -> int:
     os.umask(mask)
     return mask
 
-# %% ../nbs/17_viz.ipynb #ac38783f
+# %% ../nbs/17_viz.ipynb #57143c8e
 def save_picture(path: str | os.PathLike, picture: UInt8[np.ndarray, "H W 3"]) -> None:
     "Write an RGB picture; the ending (.png, .jpg, ...) chooses the format. Raises `ValueError` for an ending OpenCV cannot write."
     if not cv2.haveImageWriter(str(path)):
         raise ValueError(f"cannot save a picture as {path}: use an ending such as .png or .jpg")
+    _, encoded = cv2.imencode(Path(path).suffix, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
     with atomic_path(path) as temporary:
-        if not cv2.imwrite(str(temporary), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)):
-            raise OSError(f"writing the picture {path} failed")
+        encoded.tofile(temporary)
 
-# %% ../nbs/17_viz.ipynb #b63ed1ad
+# %% ../nbs/17_viz.ipynb #ce64f86c
 def read_picture(path: str | os.PathLike) -> UInt8[np.ndarray, "H W 3"]:
     "Read a picture as RGB, turned as its EXIF entry says. Raises `ValueError` for a file that is no picture."
     encoded = np.fromfile(path, dtype=np.uint8)  # raises OSError where there is no such file
-    decoded = cv2.imdecode(encoded, cv2.IMREAD_COLOR) if encoded.size else None
+    cut_png = encoded[1:4].tobytes() == b"PNG" and b"IEND" not in encoded[-64:].tobytes()  # libpng would print a line of its own
+    try:
+        decoded = cv2.imdecode(encoded, cv2.IMREAD_COLOR) if encoded.size and not cut_png else None
+    except cv2.error:  # for example a size beyond OpenCV's limit
+        decoded = None
     if decoded is None:
         raise ValueError(f"{path} is not a picture that can be read")
     return cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB)

@@ -170,6 +170,11 @@ def broken(tmp_path, kind):
         case "empty file":
             (tmp_path / "zero.jpg").touch()
             return [tmp_path / "zero.jpg"], good, "zero.jpg: not a picture"
+        case "cut png" | "cut jpg":
+            cut = tmp_path / f"cut.{kind[-3:]}"
+            save_picture(cut, np.random.default_rng(0).integers(0, 255, (96, 128, 3), dtype=np.uint8))
+            cut.write_bytes(cut.read_bytes()[:3000])
+            return [cut], good, "not a picture"
         case "1x1": return [picture(tmp_path / "dot.png", 1, 1)], good, "1x1 pixels"
         case "empty folder":
             (tmp_path / "none").mkdir()
@@ -215,7 +220,7 @@ def broken(tmp_path, kind):
     raise AssertionError(kind)
 
 
-KINDS = ["missing", "not an image", "no ending", "empty file", "1x1", "empty folder", "truncated video", "not a video", "detections missing",
+KINDS = ["missing", "not an image", "cut png", "cut jpg", "no ending", "empty file", "1x1", "empty folder", "truncated video", "not a video", "detections missing",
          "detections of nobody", "detections not json", "detections of the wrong shape", "detections of another picture",
          "detections named otherwise", "detections of a longer video", "detections of another video", "box outside", "box and detections",
          "side", "focal", "nothing to start from", "no inputs", "out is a file"]
