@@ -402,7 +402,35 @@ def _radius(x: np.ndarray) -> float:
     "Median over hands of the root mean square distance from the centroid."
     return float(np.median(np.sqrt(np.square(x - x.mean(1, keepdims=True)).sum(-1).mean(1))))
 
-# %% ../nbs/15_metrics.ipynb #b2e0d4d4
+# %% ../nbs/15_metrics.ipynb #6e702dab
+def _suspect_units(name: str, x: np.ndarray, gt_xyz: np.ndarray) -> str | None:
+    ratio = _radius(x) / _radius(gt_xyz)
+    if 300 < ratio < 3000:
+        return f"the predicted {name} are {ratio:.0f} times as large as the true hands: millimetres instead of metres?"
+    if 1 / 3000 < ratio < 1 / 300:
+        return f"the predicted {name} are {1 / ratio:.0f} times smaller than the true hands: divided by 1000 too often, or is the truth in millimetres?"
+    return None
+
+# %% ../nbs/15_metrics.ipynb #4c768f59
+def _suspect_axes(name: str, x: np.ndarray, dataset: str) -> str | None:
+    if not (x[..., 2] * (-1 if dataset == "ho3d" else 1) < 0).all():
+        return None
+    axes = "OpenGL's (z < 0), are these OpenCV's" if dataset == "ho3d" else "OpenCV's (z > 0), are these OpenGL's"
+    return f"all predicted {name} lie behind the camera: {dataset} has {axes}?"
+
+# %% ../nbs/15_metrics.ipynb #dccb35b7
+def _suspect_order(gt_xyz: np.ndarray, pred_xyz: np.ndarray, scores: dict[str, float], dataset: str) -> str | None:
+    joints, mesh = scores.get("xyz_al_mean3d", scores.get("xyz_procrustes_al_mean3d")), scores["mesh_al_mean3d"]  # cm
+    others = {order: name for name, order in reversed(JOINT_ORDERS.items()) if name != "mano" and order != JOINT_ORDERS[dataset]}  # one name an order
+    tried = {name: 100 * pa_mpjpe(convert_joints(pred_xyz, name, dataset), gt_xyz) for name in others.values()}
+    best = min(tried, key=tried.get)
+    known, several = 2 * tried[best] < joints, mesh >= 0 and joints > max(3 * mesh, 0.1)
+    if not known and not several:
+        return None
+    reason = f"{joints / max(mesh, 1e-9):.1f} times the mesh's, as if in another order" if several else "large"
+    return f"the joints' aligned error, {joints:.2f} cm, is {reason}" + (f"; read in the order of '{best}' it would be {tried[best]:.2f} cm" if known else "")
+
+# %% ../nbs/15_metrics.ipynb #cee5580a
 def suspicions(
     gt_xyz: Float[Array, "N 21 3"],      # in the data set's own order and axes, metres
     pred_xyz: Float[Array, "N 21 3"],
@@ -412,26 +440,10 @@ def suspicions(
 ) -> list[str]:
     "One sentence for each mistake that the predictions look like: units, axes, joint order. Empty for healthy predictions."
     gt_xyz, pred_xyz, pred_verts = map(_float64, (gt_xyz, pred_xyz, pred_verts))
-    found, sign = [], -1 if dataset == "ho3d" else 1
+    found = [_suspect_order(gt_xyz, pred_xyz, scores, dataset)]
     for name, x in (("joints", pred_xyz), ("vertices", pred_verts)):
-        ratio = _radius(x) / _radius(gt_xyz)
-        if 300 < ratio < 3000:
-            found.append(f"the predicted {name} are {ratio:.0f} times as large as the true hands: millimetres instead of metres?")
-        elif 1 / 3000 < ratio < 1 / 300:
-            found.append(f"the predicted {name} are {1 / ratio:.0f} times smaller than the true hands: divided by 1000 too often, or is the truth in millimetres?")
-        if (sign * x[..., 2] < 0).all():
-            axes = "OpenGL's (z < 0), are these OpenCV's" if dataset == "ho3d" else "OpenCV's (z > 0), are these OpenGL's"
-            found.append(f"all predicted {name} lie behind the camera: {dataset} has {axes}?")
-    aligned = scores.get("xyz_al_mean3d", scores.get("xyz_procrustes_al_mean3d"))
-    others = {order: name for name, order in reversed(JOINT_ORDERS.items()) if name != "mano" and order != JOINT_ORDERS[dataset]}  # one name an order
-    tried = {name: 100 * pa_mpjpe(convert_joints(pred_xyz, name, dataset), gt_xyz) for name in others.values()}
-    best = min(tried, key=tried.get)
-    several = scores["mesh_al_mean3d"] >= 0 and aligned > 3 * scores["mesh_al_mean3d"] and aligned > 0.1
-    if several or 2 * tried[best] < aligned:
-        reason = f"{aligned / max(scores['mesh_al_mean3d'], 1e-9):.1f} times the mesh's, as if in another order" if several else "large"
-        hint = f"; read in the order of '{best}' it would be {tried[best]:.2f} cm" if 2 * tried[best] < aligned else ""
-        found.append(f"the joints' aligned error, {aligned:.2f} cm, is {reason}{hint}")
-    return found
+        found += [_suspect_units(name, x, gt_xyz), _suspect_axes(name, x, dataset)]
+    return [sentence for sentence in found if sentence]
 
 # %% ../nbs/15_metrics.ipynb #15fb642c
 OFFICIAL_COUNTS = {"freihand": {"v2": 3960}, "ho3d": {"v2": 11524, "v3": 20137}}  # hands in each evaluation set
