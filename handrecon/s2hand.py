@@ -77,11 +77,11 @@ class S2HandOutput(NamedTuple):
     image: Float[Tensor, "B 3 H W"] | None        # rendered hand on black
     silhouette: Float[Tensor, "B H W"] | None     # in [0, 1]
 
-# %% ../nbs/20_s2hand.ipynb #a5b81cb5
+# %% ../nbs/20_s2hand.ipynb #32c86dec
 def place_translation(
     translation: Float[Tensor, "B 3"],  # what the network says: x and y at depth z0, z around z0; metres
     K: Float[Tensor, "B 3 3"],          # the camera that took the picture, pixels
-    width: float,                       # of the picture, pixels
+    width: int,                         # of the picture, pixels
     focal: float,                       # of a centred reference camera, in picture widths
     z0: float,                          # metres
 ) -> Float[Tensor, "B 3"]:              # metres
@@ -252,13 +252,15 @@ class Recipe:
     shift: float = 0.0
     photo: float = 1.0               # share of each batch that is rendered, for E_photo and E_C; 0: none
 
-# %% ../nbs/20_s2hand.ipynb #9bf6ad8f
+# %% ../nbs/20_s2hand.ipynb #f15404aa
 _SMALL = S2HandConfig(backbone="small", image_size=64, rotation="6d", canonical_focal=2.14, bone_length=0.0)
 _FAST = TrainConfig(batch_size=64, lr=1e-3, schedule="cosine", warmup=50, clip=1.0, ema=0.99)
+_UPRIGHT = SyntheticConfig(view_spread=0.1, occluder=0.0, distractor=0.0, blur=0.1, sensor_noise=0.02, sleeve=0.2)
+_DAILY = SyntheticConfig(view_spread=0.4, occluder=0.15, distractor=0.05, blur=0.3)
 RECIPES = {
-    "smoke": Recipe(_SMALL, replace(_FAST, steps=30, warmup=5, ema=0.9), n_train=256, n_eval=64),
-    "quick": Recipe(_SMALL, replace(_FAST, steps=1500), n_train=12000),
-    "cpu": Recipe(_SMALL, replace(_FAST, steps=40000, ema=0.999), n_train=40000, n_eval=2000),
+    "smoke": Recipe(_SMALL, replace(_FAST, steps=20, warmup=5, ema=0.9), n_train=192, n_eval=64, pictures=_UPRIGHT, turn=0.2, photo=0.25),
+    "quick": Recipe(_SMALL, replace(_FAST, steps=3500), n_train=12000, pictures=_UPRIGHT, turn=0.2, photo=0.25),
+    "cpu": Recipe(_SMALL, replace(_FAST, steps=60000, ema=0.999), n_train=30000, n_eval=2000, pictures=_DAILY, turn=0.5, zoom=0.1, shift=0.05, photo=0.25),
     "gpu": Recipe(replace(_SMALL, backbone="efficientnet-b0", image_size=128), replace(_FAST, steps=20000, ema=0.999), n_eval=2000),
     "paper": Recipe(S2HandConfig(weights="imagenet"), TrainConfig(steps=90 * 32560 // 64), n_eval=3960),
 }
@@ -270,11 +272,11 @@ def read_json(path: Path) -> list:
     except FileNotFoundError: raise ValueError(f"{path}: no such file; expected FreiHAND's layout") from None
     except ValueError as problem: raise ValueError(f"{path}: not JSON ({problem})") from None
 
-# %% ../nbs/20_s2hand.ipynb #c7f12b5f
+# %% ../nbs/20_s2hand.ipynb #1de73aa5
 def load_freihand(root: str | Path, n: int, held_out: bool = False) -> tuple[Observation, Truth]:
     "The first n pictures of FreiHAND's training or evaluation split, with detections in the authors' own file. Half precision, in memory."
     import cv2
-    if not Path(root).is_dir():
+    if not str(root) or not Path(root).is_dir():
         raise ValueError(f"data_root {str(root)!r}: no folder of that name; expected FreiHAND's (training/rgb, training_K.json ...)")
     split, found = ("evaluation", "openpose/evaluation/detect.json") if held_out else ("training", "openpose_v2/training/detect_all.json")
     K, joints, vertices = (torch.tensor(read_json(Path(root) / f"{split}_{name}.json")[:n]) for name in ("K", "xyz", "verts"))

@@ -1,0 +1,334 @@
+"""S²HAND: what reaches the loss, what the camera moves, what the fit finds."""
+import ast
+import inspect
+import textwrap
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from handrecon import s2hand
+from handrecon.camera import project
+from handrecon.conventions import Observation, Truth, joint_limits
+from handrecon.mano import HandMesh
+from handrecon.metrics import pa_mpjpe
+from handrecon.proxy_hand import POSTURES, posture, proxy_hand, sample_poses, sample_shapes
+from handrecon.rotation import axis_angle_to_matrix, matrix_to_axis_angle, random_rotations
+from handrecon.s2hand import (
+    RECIPES, FitConfig, Pictures, Prediction, S2Hand, S2HandConfig, detection_box, fit_to_detections, joints_only, load, load_freihand, load_synthetic, loss_terms,
+    loss_terms_supervised, move_camera, place_translation, predict, predict_mean_pose, report_grid, reprojection_error, save, score, self_supervised, similarity_2d, supervised)
+from handrecon.synthetic import SyntheticConfig, make_batch, write_freihand
+from handrecon.training import TrainConfig, fit
+
+SMALL = S2HandConfig(backbone="small", image_size=64, rotation="6d", canonical_focal=2.14, bone_length=0.0)
+TINY = replace(RECIPES["smoke"], train=TrainConfig(steps=3, batch_size=4), photo=0.5)
+
+
+@pytest.fixture(scope="module")
+def hand():
+    return proxy_hand()
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return make_batch(8, seed=2, config=SyntheticConfig(image_size=64))
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return S2Hand(SMALL, proxy_hand(n_pca=30, flat_hand_mean=False)).eval()
+
+
+@pytest.fixture(scope="module")
+def output(model, batch):
+    return model(batch[0].image, batch[0].K)
+
+
+# ---- what reaches the loss
+
+def test_paper_defaults():
+    config = S2HandConfig()
+    weights = {name: getattr(config, name) for name in ("w_3d", "w_geo", "w_photo", "w_regu", "w_ori", "w_SSIM", "w_C", "w_s", "w_J")}
+    assert weights == dict(w_3d=1, w_geo=0.001, w_photo=0.005, w_regu=0.01, w_ori=100, w_SSIM=0.2, w_C=0.5, w_s=10, w_J=10)
+    assert (config.backbone, config.image_size, config.n_pca, config.canonical_focal) == ("efficientnet-b0", 224, 30, 0)
+    paper = RECIPES["paper"].train
+    assert (paper.batch_size, paper.lr, paper.schedule, paper.factor) == (64, 1e-3, "step", 0.5)
+    assert paper.steps == 90 * 32560 // 64
+
+
+def test_terms_carry_the_paper_s_names(output, batch):
+    assert set(loss_terms(output, batch[0], SMALL)) == {"E_loc", "E_ori", "E_pixel", "E_SSIM", "E_beta", "E_C", "E_s", "E_J"}
+    assert set(loss_terms(output._replace(image=None), batch[0], SMALL)) == {"E_loc", "E_ori", "E_beta", "E_s", "E_J"}
+
+
+def test_an_observation_has_no_room_for_truth():
+    assert {f.name for f in fields(Observation)} == {"image", "K", "keypoints", "confidence"}
+    assert not {f.name for f in fields(Observation)} & ({f.name for f in fields(Truth)} - {"keypoints"})
+
+
+@pytest.mark.parametrize("wrong", [1, (0, 1)])
+def test_truth_is_refused(output, batch, wrong):
+    with pytest.raises(Exception, match="Observation"):
+        loss_terms(output, batch[wrong] if isinstance(wrong, int) else batch, SMALL)
+
+
+def test_self_supervised_code_never_names_truth():
+    for function in (s2hand.self_supervised, s2hand.loss_terms):
+        names = {n.id for n in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))) if isinstance(n, ast.Name)}
+        assert not names & {"Truth", "truth", "known"}
+
+
+def test_self_supervised_batches_are_observations(batch):
+    _, data = self_supervised(TINY, batch[0], seed=0)
+    assert type(data.batch_at(0)) is Observation
+    _, data = supervised(TINY, *batch, seed=0)
+    seen, known = data.batch_at(0)
+    assert type(seen) is Observation and type(known) is Truth
+
+
+def test_truth_cannot_change_a_self_supervised_run(batch):
+    weights = []
+    for disturb in (0.0, 1.0):
+        torch.manual_seed(0)
+        network = S2Hand(SMALL, proxy_hand(n_pca=30, flat_hand_mean=False))
+        batch[1].joints.add_(disturb)
+        fit(network, *self_supervised(TINY, batch[0], seed=0), TINY.train)
+        batch[1].joints.sub_(disturb)
+        weights.append(torch.cat([p.flatten() for p in network.parameters()]))
+    assert torch.equal(*weights)
+
+
+def test_weights_scale_terms(output, batch):
+    base, heavy = loss_terms(output, batch[0], SMALL), loss_terms(output, batch[0], replace(SMALL, w_geo=0.002, w_J=20.0, w_C=1.0))
+    for name, factor in dict(E_loc=2, E_ori=2, E_J=2, E_C=2, E_s=1, E_pixel=1, E_SSIM=1, E_beta=1).items():
+        assert torch.allclose(heavy[name], factor * base[name], rtol=1e-5), name
+
+
+def test_geometric_terms_vanish_on_the_detections(output, batch):
+    terms = loss_terms(output._replace(keypoints=batch[0].keypoints), batch[0], SMALL)
+    assert terms["E_loc"] == 0 and terms["E_ori"] < 1e-9
+
+
+def test_missing_joints_do_not_count(output, batch):
+    confidence = batch[0].confidence * (torch.arange(21) != 7)
+    away = batch[0].keypoints.clone()
+    away[:, 7] = 1e4
+    a, b = (loss_terms(output, replace(batch[0], confidence=confidence, keypoints=k), SMALL) for k in (batch[0].keypoints, away))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_every_head_learns(model, batch):
+    out = model(batch[0].image, batch[0].K)
+    sum(loss_terms(out, batch[0], model.config).values()).backward()
+    silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    model.zero_grad()
+    assert not [name for name in silent if "encoder" not in name or "geometry.shape" not in name and "num_batches" not in name], silent
+
+
+def test_supervised_terms_are_zero_at_the_truth(output, batch):
+    seen, known = batch
+    exact = output._replace(mesh=HandMesh(known.vertices + 0.3, known.joints + 0.3), keypoints=known.keypoints)   # 0.3: seen from the wrist
+    assert all(t < 1e-6 for t in loss_terms_supervised(exact, known, SMALL).values())
+    off = output._replace(mesh=HandMesh(known.vertices, known.joints + 0.01 * (torch.arange(21) == 4)[:, None]), keypoints=known.keypoints)
+    assert torch.isclose(loss_terms_supervised(off, known, SMALL)["E_joints"], torch.tensor(0.01 / 21), rtol=1e-3)
+
+
+# ---- cameras
+
+@settings(max_examples=30, deadline=None)
+@given(st.floats(100, 500), st.floats(-1, 1), st.floats(-1, 1), st.floats(0.2, 1.5), st.floats(-0.1, 0.1), st.floats(-0.1, 0.1))
+def test_placed_hands_look_the_same(focal, px, py, z, x, y):
+    K = torch.tensor([[[focal, 0, 32 + 10 * px], [0, focal, 32 + 10 * py], [0, 0, 1]]])
+    reference = torch.tensor([[[2.0 * 64, 0, 32], [0, 2.0 * 64, 32], [0, 0, 1]]])
+    placed = place_translation(torch.tensor([[x, y, z]]), K, 64, 2.0, 0.65)
+    assert torch.allclose(project(placed[:, None], K), project(torch.tensor([[[x, y, 0.65]]]), reference), atol=1e-2)
+    ratio = placed[0, 2] / focal * 128 / 0.65
+    assert 1 / 2.7183 - 1e-3 <= ratio <= 2.7183 + 1e-3
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.floats(-3.2, 3.2), st.floats(0.5, 2), st.floats(-9, 9), st.floats(-9, 9))
+def test_moved_cameras_are_exact(angle, zoom, dx, dy):
+    seen, known = make_batch(2, seed=1, config=SyntheticConfig(image_size=64))
+    new, truth = move_camera(seen, torch.full((2,), angle), torch.full((2,), zoom), torch.tensor([[dx, dy]] * 2), known)
+    assert torch.allclose(project(truth.joints, new.K), truth.keypoints, atol=2e-3)
+    shift = (seen.keypoints - known.keypoints).norm(dim=-1) * zoom
+    ok = seen.confidence > 0
+    assert torch.allclose((new.keypoints - truth.keypoints).norm(dim=-1)[ok], shift[ok], rtol=0.03, atol=1e-2)   # noise moves along; pixels are square to 1 %
+    assert (new.keypoints[~ok] == 0).all()
+
+
+def test_moved_pictures_follow_their_key_points():
+    "A bright dot at a key point is found again at the moved key point."
+    image = torch.zeros(1, 3, 64, 64)
+    image[..., 40, 20] = 1
+    K = torch.tensor([[[130.0, 0, 32], [0, 130.0, 32], [0, 0, 1]]])
+    seen = Observation(image, K, torch.full((1, 21, 2), 20.5) + torch.tensor([0.0, 20.0]), torch.ones(1, 21))
+    new, _ = move_camera(seen, torch.tensor([0.6]), torch.tensor([1.2]), torch.tensor([[3.0, -2.0]]))
+    weight = new.image[0, 0]
+    rows, columns = torch.meshgrid(torch.arange(64) + 0.5, torch.arange(64) + 0.5, indexing="ij")
+    centre = torch.stack([(weight * columns).sum(), (weight * rows).sum()]) / weight.sum()
+    assert torch.allclose(centre, new.keypoints[0, 0], atol=0.2)
+
+
+def test_batches_depend_on_seed_and_index_only(batch):
+    a, b = (Pictures(batch[0], None, 4, seed=1, turn=1.0, zoom=0.1, shift=0.1) for _ in range(2))
+    assert torch.equal(a.batch_at(5).image, b.batch_at(5).image)
+    assert not torch.equal(a.batch_at(5).image, a.batch_at(6).image)
+    assert not torch.equal(a.batch_at(5).image, Pictures(batch[0], None, 4, seed=2, turn=1.0).batch_at(5).image)
+
+
+# ---- evaluation, checkpoints, data
+
+def test_truth_scores_perfectly_and_noise_scores_as_it_should(batch):
+    known = batch[1]
+    perfect = score(Prediction(known.joints, known.vertices, known.keypoints), known)
+    assert perfect["PA-MPJPE"] < 1e-3 and perfect["AUC"] > 0.99 and perfect["F@5"] == 1
+    moved = score(Prediction(known.joints + torch.tensor([0.0, 0, 0.05]), known.vertices, known.keypoints + 3), known)
+    assert abs(moved["MPJPE"] - 50) < 1e-2 and moved["MPJPE from wrist"] < 1e-3 and moved["PA-MPJPE"] < 1e-3 and abs(moved["2D"] - 18**0.5) < 1e-3
+
+
+def test_mean_pose_does_not_look(hand, batch):
+    seen, known = batch
+    a = predict_mean_pose(hand, known, seen)
+    assert a.joints.shape == known.joints.shape and torch.equal(a.joints[0], a.joints[1])
+
+
+def test_predict_ignores_detections(model, batch):
+    a = predict(model, batch[0])
+    b = predict(model, replace(batch[0], keypoints=torch.zeros_like(batch[0].keypoints)), batch_size=3)
+    assert torch.allclose(a.joints, b.joints, atol=1e-5)
+
+
+def test_checkpoint_round_trip(tmp_path, model, batch):
+    save(tmp_path / "a.safetensors", model)
+    again = load(tmp_path / "a.safetensors")
+    assert again.config == model.config
+    assert torch.equal(predict(again, batch[0]).vertices, predict(model, batch[0]).vertices)
+    save(tmp_path / "half.safetensors", model, dtype=torch.float16)
+    assert (tmp_path / "half.safetensors").stat().st_size < 0.6 * (tmp_path / "a.safetensors").stat().st_size
+
+
+def test_bad_checkpoints_are_one_sentence(tmp_path, model):
+    from handrecon.training import save_checkpoint
+    save_checkpoint(tmp_path / "other.safetensors", torch.nn.Linear(2, 2), {"system": "binocular"})
+    (tmp_path / "broken.safetensors").write_bytes(b"not a checkpoint")
+    for name, words in (("other", "'binocular'"), ("broken", "not a whole safetensors"), ("absent", "no such file")):
+        with pytest.raises(ValueError, match=words) as problem: load(tmp_path / f"{name}.safetensors")
+        assert "\n" not in str(problem.value)
+
+
+def test_shipped_checkpoint():
+    network = load("s2hand")
+    seen, known = make_batch(200, seed=77, config=SyntheticConfig(image_size=network.config.image_size))
+    ours, lazy = score(predict(network, seen), known), score(predict_mean_pose(proxy_hand(), known, seen), known)
+    assert ours["PA-MPJPE"] < lazy["PA-MPJPE"] and ours["2D"] < 0.6 * lazy["2D"]
+
+
+def test_report_grid(model, batch):
+    grid = report_grid(model, batch[0], rows=2, side=64)
+    assert grid.shape[0] > 2 * 64 and grid.shape[1] > 5 * 64 and grid.dtype.name == "uint8" and grid.std() > 5
+
+
+def test_synthetic_pictures_are_determined_by_the_seed():
+    a, b, c = (load_synthetic(3, seed, SyntheticConfig(image_size=64))[0].image for seed in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_freihand_layout(tmp_path):
+    write_freihand(tmp_path / "fh", 4, config=SyntheticConfig(image_size=64), evaluation=2, progress=False)
+    for held_out, n in ((False, 4), (True, 2)):
+        seen, known = load_freihand(tmp_path / "fh", 10, held_out)
+        assert len(seen.K) == n and known.vertices.shape == (n, 778, 3)
+        assert (seen.keypoints - known.keypoints).norm(dim=-1)[seen.confidence > 0].median() < 5
+    (tmp_path / "fh/training/rgb/00000002.jpg").write_bytes(b"")
+    with pytest.raises(ValueError, match="00000002.jpg: missing or not a picture"): load_freihand(tmp_path / "fh", 4)
+    (tmp_path / "fh/training_K.json").write_text("[[")
+    with pytest.raises(ValueError, match="training_K.json: not JSON"): load_freihand(tmp_path / "fh", 4)
+
+
+# ---- the fit
+
+def placed_hands(n, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    hand = proxy_hand()
+    pose, shape, R = sample_poses(n, g), sample_shapes(n, g), matrix_to_axis_angle(random_rotations(n, g))
+    mesh = hand(pose, shape, R)
+    place = torch.tensor([0.0, 0.0, 0.6]) + 0.05 * torch.randn(n, 1, 3, generator=g)
+    mesh = HandMesh(*(x - mesh.joints[:, 9:10] + place for x in mesh))
+    K = torch.tensor([[600.0, 0, 160], [0, 600.0, 120], [0, 0, 1]]).expand(n, 3, 3).contiguous()
+    return mesh, Observation(torch.zeros(n, 3, 8, 8), K, project(mesh.joints, K) + torch.randn(n, 21, 2, generator=g), torch.ones(n, 21))
+
+
+def test_joints_only_agrees(hand):
+    g = torch.Generator().manual_seed(1)
+    pose, shape = sample_poses(5, g), sample_shapes(5, g)
+    assert torch.allclose(joints_only(hand)(pose, shape).joints, hand(pose, shape).joints, atol=1e-6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.floats(-3.1, 3.1), st.floats(0.1, 10), st.integers(0, 1000))
+def test_similarity_is_recovered(angle, size, seed):
+    points = torch.randn(1, 21, 2, generator=torch.Generator().manual_seed(seed))
+    c, s = size * torch.tensor(angle).cos(), size * torch.tensor(angle).sin()
+    moved = points @ torch.tensor([[c, s], [-s, c]]) + 5
+    a, left = similarity_2d(points, moved, torch.full((1, 21), 1 / 21))
+    assert torch.allclose(a[0, 0], torch.stack([c, s]), atol=1e-4 * size) and left < 1e-6 * size**2 + 1e-8
+
+
+def test_fit_finds_hands_without_a_network(hand):
+    truth, seen = placed_hands(12)
+    fitted = fit_to_detections(seen, hand)
+    box = detection_box(seen.keypoints, seen.confidence)
+    assert (fitted.error_after / box).max() < 0.03 and (fitted.error_after <= fitted.error_before).all()
+    assert 1000 * pa_mpjpe(fitted.mesh.joints, truth.joints) < 9
+    low, high = (x.flatten() for x in joint_limits().unbind(-1))
+    assert ((fitted.pose >= low - 1e-6) & (fitted.pose <= high + 1e-6)).all()
+    again = hand(fitted.pose, fitted.shape, fitted.rotation, fitted.translation)
+    assert torch.allclose(again.vertices, fitted.mesh.vertices, atol=1e-5)
+    assert torch.allclose(project(again.joints, seen.K), fitted.keypoints, atol=1e-2)
+    assert torch.allclose(reprojection_error(fitted.keypoints, seen.keypoints, seen.confidence), fitted.error_after)
+
+
+def test_hands_are_fitted_independently(hand):
+    _, seen = placed_hands(3)
+    quick = FitConfig(steps=20, starts=4)
+    alone = fit_to_detections(Observation(*(getattr(seen, f.name)[1:2] for f in fields(seen))), hand, config=quick)
+    assert torch.allclose(fit_to_detections(seen, hand, config=quick).mesh.joints[1], alone.mesh.joints[0], atol=1e-4)
+
+
+def test_network_answer_is_a_start(model, hand, batch):
+    seen = batch[0]
+    output = model(seen.image, seen.K)
+    fitted = fit_to_detections(seen, hand, output, FitConfig(steps=60, starts=6))
+    assert torch.allclose(fitted.error_before, reprojection_error(output.keypoints, seen.keypoints, seen.confidence), atol=1e-2)
+    assert (fitted.error_after < fitted.error_before).all()
+
+
+def test_missing_joints_do_not_move_the_fit(hand):
+    _, seen = placed_hands(2)
+    gone = seen.confidence * (torch.arange(21) != 8)
+    quick, wild = FitConfig(steps=20, starts=4), seen.keypoints.clone()
+    wild[:, 8] = 0
+    a, b = (fit_to_detections(replace(seen, confidence=gone, keypoints=k), hand, config=quick).mesh.joints for k in (seen.keypoints, wild))
+    assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_too_few_joints_are_refused(hand):
+    _, seen = placed_hands(2)
+    with pytest.raises(ValueError, match="at least 4 detected joints"):
+        fit_to_detections(replace(seen, confidence=seen.confidence * (torch.arange(21) < 3)), hand)
+
+
+@pytest.mark.parametrize("name", ["fist", "thumb up", "point", "flat"])
+def test_postures_are_recovered_from_clean_joints(hand, name):
+    assert name in POSTURES
+    R = axis_angle_to_matrix(torch.tensor([[0.4, 2.2, -1.0]]))
+    mesh = hand(posture(name)[None])
+    joints = (mesh.joints - mesh.joints[:, 9:10]) @ R.mT + torch.tensor([0.0, 0, 0.5])
+    K = torch.tensor([[[700.0, 0, 300], [0, 700.0, 200], [0, 0, 1]]])
+    fitted = fit_to_detections(Observation(torch.zeros(1, 3, 8, 8), K, project(joints, K), torch.ones(1, 21)), hand)
+    assert 1000 * pa_mpjpe(fitted.mesh.joints, joints) < 9
