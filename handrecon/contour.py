@@ -36,15 +36,6 @@ def edges_of(faces):
     "(E,4): both ends of each edge and the opposite corner of its one or two faces (-1: none)."
     return _edges_of(faces.tobytes(), faces.dtype.str)
 
-# %% ../nbs/05b_contour.ipynb #7886bf5e
-@compiled
-def _slot(keys, key):
-    "Where `key` is, or belongs, in a small open-addressed hash table."
-    mask = len(keys) - 1
-    slot = (key * 40503) & mask
-    while keys[slot] != -1 and keys[slot] != key: slot = (slot + 1) & mask
-    return slot
-
 # %% ../nbs/05b_contour.ipynb #d25919ce
 @compiled
 def _side(points, a, b, c):
@@ -122,6 +113,15 @@ def find_pieces(job, screen, edges, face_index, depth, counts, indices, values):
                 break
     counts[job, 0] = n
     if n <= indices.shape[1]: drop_hidden(n, indices[job], values[job], points, width)
+
+# %% ../nbs/05b_contour.ipynb #7886bf5e
+@compiled
+def _slot(keys, key):
+    "Where `key` is, or belongs, in a small open-addressed hash table."
+    mask = len(keys) - 1
+    slot = (key * 40503) & mask
+    while keys[slot] != -1 and keys[slot] != key: slot = (slot + 1) & mask
+    return slot
 
 # %% ../nbs/05b_contour.ipynb #dd1d0caa
 @compiled
