@@ -7,12 +7,13 @@ __all__ = ['RECIPES', 'HELD_OUT_SEED', 'DATASETS', 'S2HandConfig', 'S2HandOutput
            'loss_terms_supervised', 'move_camera', 'Pictures', 'Recipe', 'read_json', 'load_freihand', 'load_synthetic',
            'load_pictures', 'self_supervised', 'supervised', 'Prediction', 'predict', 'predict_mean_pose', 'score',
            'per_picture_error', 'report_grid', 'save', 'load', 'FitConfig', 'HandFit', 'reprojection_error',
-           'detection_box', 'joints_only', 'similarity_2d', 'Start', 'viewpoint_starts', 'start_from',
+           'detection_box', 'joints_only', 'similarity_2d', 'Start', 'viewpoint_starts', 'start_from', 'pose_prior',
            'fit_to_detections']
 
-# %% ../nbs/20_s2hand.ipynb #79f40edf
+# %% ../nbs/20_s2hand.ipynb #1ab81c1b
 import json
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
@@ -32,7 +33,7 @@ from .losses import (
 from .mano import HandMesh, HandModel, transform_mesh
 from .metrics import evaluate_hands, mpjpe, point_errors, procrustes_align
 from .networks import Appearance, HandCode, HandEncoder
-from .proxy_hand import posture, proxy_hand
+from .proxy_hand import posture, proxy_hand, proxy_hand_arrays, sample_poses, self_penetration
 from .render import light_from_vector, render
 from .rotation import axis_angle_to_matrix, matrix_to_axis_angle, matrix_to_rotation_6d, random_rotations, rotation_6d_to_matrix
 from .synthetic import SyntheticConfig, make_batch
@@ -77,16 +78,17 @@ class S2HandOutput(NamedTuple):
     image: Float[Tensor, "B 3 H W"] | None        # rendered hand on black
     silhouette: Float[Tensor, "B H W"] | None     # in [0, 1]
 
-# %% ../nbs/20_s2hand.ipynb #32c86dec
+# %% ../nbs/20_s2hand.ipynb #b1f74ca7
 def place_translation(
     translation: Float[Tensor, "B 3"],  # what the network says: x and y at depth z0, z around z0; metres
     K: Float[Tensor, "B 3 3"],          # the camera that took the picture, pixels
     width: int,                         # of the picture, pixels
     focal: float,                       # of a centred reference camera, in picture widths
     z0: float,                          # metres
+    span: float = 0.8,                  # the depth before the reference camera stays between z0·exp(−span) and z0·exp(span)
 ) -> Float[Tensor, "B 3"]:              # metres
-    "Where a hand must be to look to `K` as the network's hand looks to the reference camera; its depth stays between z0/e and z0·e."
-    z = z0 * ((translation[:, 2] - z0) / z0).tanh().exp()
+    "Where a hand must be to look to `K` as the network's hand looks to the reference camera."
+    z = z0 * (span * ((translation[:, 2] - z0) / (span * z0)).tanh()).exp()
     pixel = focal * width * translation[:, :2] / z0 + width / 2
     depth = z * K[:, [0, 1], [0, 1]].mean(1) / (focal * width)               # same f/z: same size
     return unproject(pixel[:, None], depth[:, None], K)[:, 0]
@@ -252,8 +254,8 @@ class Recipe:
     shift: float = 0.0
     photo: float = 1.0               # share of each batch that is rendered, for E_photo and E_C; 0: none
 
-# %% ../nbs/20_s2hand.ipynb #f15404aa
-_SMALL = S2HandConfig(backbone="small", image_size=64, rotation="6d", canonical_focal=2.14, bone_length=0.0)
+# %% ../nbs/20_s2hand.ipynb #697bbd3d
+_SMALL = S2HandConfig(backbone="small", image_size=64, rotation="6d", canonical_focal=2.14, z_bias=0.45, bone_length=0.0)
 _FAST = TrainConfig(batch_size=64, lr=1e-3, schedule="cosine", warmup=50, clip=1.0, ema=0.99)
 _UPRIGHT = SyntheticConfig(view_spread=0.1, occluder=0.0, distractor=0.0, blur=0.1, sensor_noise=0.02, sleeve=0.2)
 _DAILY = SyntheticConfig(view_spread=0.4, occluder=0.15, distractor=0.05, blur=0.3)
@@ -426,7 +428,7 @@ def load(source: str | Path = "s2hand", hand: HandModel | None = None) -> S2Hand
     load_weights(model, weights, path)
     return model.eval()
 
-# %% ../nbs/20_s2hand.ipynb #abe77683
+# %% ../nbs/20_s2hand.ipynb #f4fdd3c0
 @dataclass(frozen=True)
 class FitConfig:
     "How parameters are fitted to the detections of a picture."
@@ -436,8 +438,9 @@ class FitConfig:
     starts: int = 20          # starts in all, out of the best two viewpoints for each posture ...
     tried: int = 128          # ... of so many
     postures: tuple[str, ...] = ("flat", "relaxed", "fist", "thumb up", "point", "two", "pinch", "cylinder", "hook", "claw")  # see proxy_hand.POSTURES
-    w_theta: float = 0.01     # pull towards the mean pose, per square radian: what the picture does not say
-    w_beta: float = 0.01      # pull towards the mean shape, per squared standard deviation
+    w_theta: float = 0.0015   # pull towards plausible poses, per squared standard deviation: what the picture does not say
+    w_beta: float = 0.001     # pull towards the mean shape, per squared standard deviation
+    w_touch: float = 100.0    # fingers inside one another, per square metre
     objective: S2HandConfig = S2HandConfig(bone_length=0.0)
 
 # %% ../nbs/20_s2hand.ipynb #1348dc1f
@@ -546,7 +549,28 @@ def _placed(hand: HandModel, x: Start) -> HandMesh:
     "R·hand(pose, shape) + T."
     return transform_mesh(hand(x.pose, x.shape), torch.ones_like(x.translation[:, 0]), x.rotation, x.translation)
 
-# %% ../nbs/20_s2hand.ipynb #a2678c33
+# %% ../nbs/20_s2hand.ipynb #1c3e6f23
+@lru_cache
+def pose_prior(device: torch.device) -> tuple[Float[Tensor, "45"], Float[Tensor, "45 45"]]:
+    "Mean of plausible poses and W with W Wᵀ = Σ⁻¹: (θ − μ) W has unit variance. Three degrees of doubt keep every direction possible."
+    poses = sample_poses(2000, torch.Generator().manual_seed(0))
+    spread = torch.cov(poses.T) + 0.05**2 * torch.eye(poses.shape[1])
+    return poses.mean(0).to(device), torch.linalg.cholesky(torch.linalg.inv(spread)).to(device)
+
+# %% ../nbs/20_s2hand.ipynb #7027cfc7
+@lru_cache
+def _capsules(device: torch.device) -> dict:
+    "The fingers' thickness, as `self_penetration` wants it."
+    return {name: array.to(device) for name, array in proxy_hand_arrays().items()}
+
+# %% ../nbs/20_s2hand.ipynb #b310ce08
+def _unlikely(pose: Float[Tensor, "B 45"], shape: Float[Tensor, "B 10"], config: FitConfig) -> Float[Tensor, "B"]:
+    "What is held against a hand before looking at the picture: its pose, its shape, fingers inside one another."
+    mean, whiten = pose_prior(pose.device)
+    depth = self_penetration(pose, _capsules(pose.device))
+    return config.w_theta * ((pose - mean) @ whiten).pow(2).mean(1) + config.w_beta * shape.pow(2).mean(1) + config.w_touch * depth.pow(2)
+
+# %% ../nbs/20_s2hand.ipynb #59bba27d
 def _descend(
     observation: Observation,
     hand: HandModel,
@@ -574,7 +598,7 @@ def _descend(
         energy = (
             o.w_geo * joint_location_loss(keypoints * unit, observation.keypoints * unit, observation.confidence)
             + o.w_geo * o.w_ori * bone_orientation_loss(keypoints * unit, observation.keypoints * unit, observation.confidence)
-            + config.w_beta * shape.pow(2).mean() + config.w_theta * (pose - hand.hands_mean).pow(2).mean())
+            + _unlikely(pose, shape, config).mean())
         optimizer.zero_grad()
         (energy * len(pose)).backward()   # hands do not see each other: the sum is every hand's own problem
         optimizer.step()
@@ -583,13 +607,12 @@ def _descend(
     with torch.no_grad():
         return Start(*(x.detach() for x in state()))
 
-# %% ../nbs/20_s2hand.ipynb #17618945
+# %% ../nbs/20_s2hand.ipynb #702c8409
 def _misfit(observation: Observation, hand: HandModel, x: Start, config: FitConfig) -> Float[Tensor, "B"]:
     "Mean joint error in boxes, plus what makes a hand unlikely: by this the starts compete."
     distance = (project(_placed(hand, x).joints, observation.K) - observation.keypoints).norm(dim=-1)
     mean = (distance * observation.confidence).sum(1) / observation.confidence.sum(1)
-    unlikely = config.w_theta * (x.pose - hand.hands_mean).pow(2).mean(1) + config.w_beta * x.shape.pow(2).mean(1)
-    return mean / detection_box(observation.keypoints, observation.confidence) + unlikely
+    return mean / detection_box(observation.keypoints, observation.confidence) + _unlikely(x.pose, x.shape, config)
 
 # %% ../nbs/20_s2hand.ipynb #2745291d
 def fit_to_detections(
