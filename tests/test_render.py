@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from handrecon.contour import antialias, edges_of
+from handrecon.contour import antialias, edges_of, soft_silhouette
 from handrecon.proxy_hand import proxy_hand
 from handrecon.raster import rasterize
 from handrecon.render import (Light, face_normals, interpolate, light_from_vector, render, shade, silhouette, vertex_normals)
@@ -214,3 +214,22 @@ def test_a_hand_out_of_sight():
     assert (result.image == 0.25).all() and (result.silhouette == 0).all()
     gradient, = torch.autograd.grad(result.image.sum() + result.silhouette.sum(), vertices)
     assert (gradient == 0).all()
+
+
+def test_soft_silhouette_gradient_and_limit():
+    "Equation (3) by hand for one triangle, gradcheck on a hand, and the hard silhouette as sigma goes to 0."
+    K = torch.tensor([[[100.0, 0, 8], [0, 100, 8], [0, 0, 1]]]).double()
+    triangle = torch.tensor([[[-0.02, -0.02, 0.5], [0.02, -0.02, 0.5], [-0.02, 0.02, 0.5]]]).double()   # corners (4,4) (12,4) (4,12)
+    alpha = soft_silhouette(triangle, torch.tensor([[0, 1, 2]]), K, (16, 16), 2.0)[0]
+    torch.testing.assert_close(alpha[6, 2], torch.sigmoid(torch.tensor(-1.5**2 / 2).double()), rtol=1e-5, atol=1e-6)     # centre (2.5, 6.5): 1.5 outside
+    torch.testing.assert_close(alpha[6, 5], torch.sigmoid(torch.tensor(1.5**2 / 2).double()), rtol=1e-5, atol=1e-6)      # centre (5.5, 6.5): 1.5 inside
+    assert alpha[15, 15] == 0
+    vertices, faces, K = hand_scene(32)
+    direction, weights = torch.randn(vertices.shape, generator=torch.Generator().manual_seed(0)).double(), torch.linspace(0, 1, 32).double()
+    leaf = vertices.clone().requires_grad_()
+    gradient, = torch.autograd.grad((soft_silhouette(leaf, faces, K, (32, 32), 1.0) * weights).sum(), leaf)
+    value = lambda t: (soft_silhouette(vertices + t * direction, faces, K, (32, 32), 1.0) * weights).sum()
+    h = 1e-3 / direction.abs().max()
+    assert abs((value(h) - value(-h)) / (2 * h) / (gradient * direction).sum() - 1) < 0.05
+    hard = (rasterize(vertices, faces, K, (32, 32)).face_index >= 0).double()
+    assert ((soft_silhouette(vertices, faces, K, (32, 32), 1e-4) > 0.5).double() == hard).double().mean() > 0.99
