@@ -28,13 +28,12 @@ import handrecon
 class RunError(ValueError):
     "A run cannot start, go on or be trusted; the message is one sentence for the person who asked for it."
 
-# %% ../nbs/30_runs.ipynb #a8c30c4d
+# %% ../nbs/30_runs.ipynb #1501f974
 def nearest(word: str, known: list[str]) -> str:
     "A hint for a misspelt word: the nearest known one, or all of them."
-    match = difflib.get_close_matches(word.rsplit(".")[-1], [k.rsplit(".")[-1] for k in known], 1, 0.5)
-    if not match:
-        return f"known: {', '.join(sorted(known))}"
-    return f"did you mean {next(k for k in known if k.rsplit('.')[-1] == match[0])!r}?"
+    short = {name.rsplit(".")[-1].lower(): name for name in known}
+    match = difflib.get_close_matches(word.rsplit(".")[-1].lower(), short, 1, 0.5)
+    return f"did you mean {short[match[0]]!r}?" if match else f"known: {', '.join(sorted(known))}"
 
 # %% ../nbs/30_runs.ipynb #02b75e58
 def settings(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -138,7 +137,7 @@ def describe(system: str, profile: str, dataset: str, seed: int, recipe: Any) ->
     config = json.loads(json.dumps(config))
     return config | {"hash": config_hash(config)}
 
-# %% ../nbs/30_runs.ipynb #0b036c99
+# %% ../nbs/30_runs.ipynb #7edec207
 def claim_folder(out: Path, config: dict[str, Any], resume: bool) -> None:
     "Make `out` the folder of this run: new, or begun with the very same settings."
     written = out / "config.json"
@@ -147,8 +146,6 @@ def claim_folder(out: Path, config: dict[str, Any], resume: bool) -> None:
         except ValueError as problem: raise RunError(f"{written} is not JSON: {problem}") from problem
         if before != config["hash"]:
             raise RunError(f"cannot resume {out}: it was begun with other settings (hash {before}, now {config['hash']})")
-    elif resume and not out.exists():
-        raise RunError(f"cannot resume {out}: there is no such folder")
     write_json(written, config)
 
 # %% ../nbs/30_runs.ipynb #b70d9966

@@ -254,15 +254,15 @@ class Recipe:
     shift: float = 0.0
     photo: float = 1.0               # share of each batch that is rendered, for E_photo and E_C; 0: none
 
-# %% ../nbs/20_s2hand.ipynb #697bbd3d
+# %% ../nbs/20_s2hand.ipynb #b3e20e73
 _SMALL = S2HandConfig(backbone="small", image_size=64, rotation="6d", canonical_focal=2.14, z_bias=0.45, bone_length=0.0)
 _FAST = TrainConfig(batch_size=64, lr=1e-3, schedule="cosine", warmup=50, clip=1.0, ema=0.99)
-_UPRIGHT = SyntheticConfig(view_spread=0.1, occluder=0.0, distractor=0.0, blur=0.1, sensor_noise=0.02, sleeve=0.2)
-_DAILY = SyntheticConfig(view_spread=0.4, occluder=0.15, distractor=0.05, blur=0.3)
+_UPRIGHT = SyntheticConfig(view_spread=0.1, fill=(0.7, 0.9), occluder=0.0, distractor=0.0, blur=0.1, sensor_noise=0.02, sleeve=0.2)
+_DAILY = SyntheticConfig(view_spread=0.3, fill=(0.65, 0.9), occluder=0.1, distractor=0.0, blur=0.2)
 RECIPES = {
-    "smoke": Recipe(_SMALL, replace(_FAST, steps=20, warmup=5, ema=0.9), n_train=192, n_eval=64, pictures=_UPRIGHT, turn=0.2, photo=0.25),
+    "smoke": Recipe(_SMALL, replace(_FAST, steps=20, batch_size=16, warmup=5, ema=0.9, save_every=5), n_train=96, n_eval=48, pictures=_UPRIGHT, turn=0.2, photo=0.25),
     "quick": Recipe(_SMALL, replace(_FAST, steps=3500), n_train=12000, pictures=_UPRIGHT, turn=0.2, photo=0.25),
-    "cpu": Recipe(_SMALL, replace(_FAST, steps=60000, ema=0.999), n_train=30000, n_eval=2000, pictures=_DAILY, turn=0.5, zoom=0.1, shift=0.05, photo=0.25),
+    "cpu": Recipe(_SMALL, replace(_FAST, steps=60000, ema=0.999), n_train=30000, n_eval=2000, pictures=_DAILY, turn=0.3, zoom=0.1, shift=0.03, photo=0.125),
     "gpu": Recipe(replace(_SMALL, backbone="efficientnet-b0", image_size=128), replace(_FAST, steps=20000, ema=0.999), n_eval=2000),
     "paper": Recipe(S2HandConfig(weights="imagenet"), TrainConfig(steps=90 * 32560 // 64), n_eval=3960),
 }
@@ -428,7 +428,7 @@ def load(source: str | Path = "s2hand", hand: HandModel | None = None) -> S2Hand
     load_weights(model, weights, path)
     return model.eval()
 
-# %% ../nbs/20_s2hand.ipynb #f4fdd3c0
+# %% ../nbs/20_s2hand.ipynb #f96f3849
 @dataclass(frozen=True)
 class FitConfig:
     "How parameters are fitted to the detections of a picture."
@@ -438,8 +438,8 @@ class FitConfig:
     starts: int = 20          # starts in all, out of the best two viewpoints for each posture ...
     tried: int = 128          # ... of so many
     postures: tuple[str, ...] = ("flat", "relaxed", "fist", "thumb up", "point", "two", "pinch", "cylinder", "hook", "claw")  # see proxy_hand.POSTURES
-    w_theta: float = 0.0015   # pull towards plausible poses, per squared standard deviation: what the picture does not say
-    w_beta: float = 0.001     # pull towards the mean shape, per squared standard deviation
+    w_theta: float = 0.0005   # pull towards plausible poses, per squared standard deviation: what the picture does not say
+    w_beta: float = 0.002     # pull towards the mean shape, per squared standard deviation
     w_touch: float = 100.0    # fingers inside one another, per square metre
     objective: S2HandConfig = S2HandConfig(bone_length=0.0)
 
