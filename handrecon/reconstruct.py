@@ -233,6 +233,9 @@ def pair_detections(source: Source, path: str | os.PathLike, side: str = "auto")
         frames[number].append(Hand2D(box, said if side == "auto" else side, xy, confidence))
     return [without_doubles(hands) for hands in frames]
 
+# %% ../nbs/18_reconstruct.ipynb #a6a05e36
+DOUBLE = 0.3  # of the box: 0.02 to 0.27 for hands that a detector found twice in a real video
+
 # %% ../nbs/18_reconstruct.ipynb #5cfc4518
 def without_doubles(hands: list[Hand2D]) -> list[Hand2D]:
     "Hands of one frame, in their order, each found only once."
@@ -242,9 +245,6 @@ def without_doubles(hands: list[Hand2D]) -> list[Hand2D]:
         if all(_mean_distance(hand, other) > DOUBLE * size for other in kept):
             kept.append(hand)
     return [hand for hand in hands if any(hand is k for k in kept)]
-
-# %% ../nbs/18_reconstruct.ipynb #1d05c265
-DOUBLE = 0.2  # of the box
 
 # %% ../nbs/18_reconstruct.ipynb #664ddaca
 def _mean_distance(a: Hand2D, b: Hand2D) -> float:

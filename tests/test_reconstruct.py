@@ -147,6 +147,17 @@ def test_s2hand_detections_find_their_picture(tmp_path):
     assert (hand.xy - xy).abs().max() <= 0.5 and hand.side == "right"
 
 
+def test_a_hand_found_twice_counts_once(tmp_path):
+    xy, _ = true_joints()
+    size = float((xy.max(0).values - xy.min(0).values).max())
+    for shift, hands in ((0.1, 1), (0.5, 2)):
+        both = torch.stack([xy, xy + shift * size * torch.tensor([-1.0, 0])])
+        write_openpose(tmp_path / "det", Detections(["photo"] * 2, both, torch.tensor([0.7, 0.9])[:, None].expand(2, 21), ["right"] * 2))
+        source, = R.find_sources([picture(tmp_path / "photo.png")])
+        found, = R.pair_detections(source, tmp_path / "det")
+        assert len(found) == hands and (found[0].confidence[0] == (0.9 if hands == 1 else 0.7))
+
+
 def test_growing_array_and_chunks(tmp_path, monkeypatch):
     source, = R.find_sources([video(tmp_path / "clip.mp4", 70, 32, 32)])
     assert [len(c) for c in R.in_chunks([source], [[[]] * 70])] == [32, 32, 6]
