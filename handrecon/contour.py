@@ -6,8 +6,8 @@
 __all__ = ['FADE', 'edges_of', 'contour_edges', 'find_pieces', 'drop_hidden', 'find_pairs', 'Contour', 'find_contour', 'blend',
            'move_edge', 'blend_backward', 'antialias', 'soft_silhouette']
 
-# %% ../nbs/05b_contour.ipynb #e174f6d9
-from functools import lru_cache
+# %% ../nbs/05b_contour.ipynb #0fab14e8
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -295,63 +295,92 @@ def antialias(
     "Blend neighbouring pixels where a visible contour passes between them; moving the contour moves the blend (Laine et al. 2020, §3.4)."
     return _Antialias.apply(image, vertices, faces, K.to(vertices.dtype), fragments.face_index, fragments.depth.detach(), near)
 
-# %% ../nbs/05b_contour.ipynb #e52336cd
-@compiled
-def _nearest(ex, ey, dx, dy, inverse):
-    "Squared distance of a point, seen from the start of a segment (dx, dy), and where on it the nearest point lies (0 to 1)."
-    s = min(max((ex * dx + ey * dy) * inverse, 0.0), 1.0)
-    ex, ey = ex - s * dx, ey - s * dy
-    return ex * ex + ey * ey, s
-
 # %% ../nbs/05b_contour.ipynb #bb286a85
 FADE = 9.0  # distances squared beyond this multiple of sigma are ignored
 
-# %% ../nbs/05b_contour.ipynb #cde85612
+# %% ../nbs/05b_contour.ipynb #1f12fc6d
+@partial(compiled, fastmath={"nnan", "nsz", "contract", "arcp"})
+def _soft_row(free, cover, x, y, corners, edges, sign, scale):
+    "D of one face for a row of pixels that starts at x; multiplies `free` by 1 - D. Everything float32."
+    zero, one = np.float32(0), np.float32(1)
+    u0, v0, r0, u1, v1, r1, u2, v2, r2 = edges
+    e0, e1, e2 = y - corners[1], y - corners[3], y - corners[5]
+    for c in range(len(free)):
+        a, b, d = x + np.float32(c) - corners[0], x + np.float32(c) - corners[2], x + np.float32(c) - corners[4]
+        s0, s1, s2 = min(max((a * u0 + e0 * v0) * r0, zero), one), min(max((b * u1 + e1 * v1) * r1, zero), one), min(max((d * u2 + e2 * v2) * r2, zero), one)
+        f0, g0, f1, g1, f2, g2 = a - s0 * u0, e0 - s0 * v0, b - s1 * u1, e1 - s1 * v1, d - s2 * u2, e2 - s2 * v2
+        q = min(f0 * f0 + g0 * g0, min(f1 * f1 + g1 * g1, f2 * f2 + g2 * g2)) * scale
+        inside = min((u0 * e0 - v0 * a) * sign, min((u1 * e1 - v1 * b) * sign, (u2 * e2 - v2 * d) * sign)) >= zero
+        z = min(q, np.float32(20)) * np.float32(1 / 64)
+        p = one - z * (one - z * (np.float32(1 / 2) - z * (np.float32(1 / 6) - z * (np.float32(1 / 24) - z * np.float32(1 / 120)))))
+        p *= p; p *= p; p *= p; p *= p; p *= p; p *= p
+        w = (one if inside else p) / (one + p)
+        cover[c] = w if inside or q <= np.float32(FADE) else zero
+        free[c] *= one - cover[c]
+
+# %% ../nbs/05b_contour.ipynb #be741b12
+@compiled
+def _border(ex, ey, dx, dy, inverse):
+    "From a point seen from the start of a segment: where the nearest point of the segment lies (0 to 1), the offset from it, its square."
+    s = min(max((ex * dx + ey * dy) * inverse, 0.0), 1.0)
+    ox, oy = ex - s * dx, ey - s * dy
+    return s, ox, oy, ox * ox + oy * oy
+
+# %% ../nbs/05b_contour.ipynb #bd51abb7
 @compiled
 def _soft_strip(job, strips, screen, faces, sigma, alpha, upstream, gradient):
     "Forward (empty upstream): alpha of one strip. Backward: dL/d(u, v) of the corners into gradient[job]."
     height, width = alpha.shape[1:]
     b, strip, backward = job // strips, job % strips, len(upstream) > 0
-    top, bottom, reach, scale = strip * height // strips, (strip + 1) * height // strips, np.sqrt(FADE * sigma), 1 / sigma
-    points, free = screen[b], np.ones((bottom - top, width), np.float32)
+    top, bottom, reach, scale = strip * height // strips, (strip + 1) * height // strips, np.sqrt(FADE * sigma), np.float32(1 / sigma)
+    points, free, cover = screen[b], np.ones((bottom - top, width), np.float32), np.empty(width, np.float32)
+    rest, scratch = np.zeros((bottom - top, width), np.float32), np.ones(width, np.float32)
+    least = 0.0
     if backward:
         for row in range(top, bottom):
-            for column in range(width): free[row - top, column] = (1 - alpha[b, row, column]) * upstream[b, row, column]
+            for column in range(width):
+                rest[row - top, column] = (1 - alpha[b, row, column]) * upstream[b, row, column]
+                least = max(least, 1e-4 * abs(upstream[b, row, column]))    # smaller shares are left out
     for f in range(len(faces)):
         i, j, k = faces[f, 0], faces[f, 1], faces[f, 2]
-        if points[i, 2] <= 0 or points[j, 2] <= 0 or points[k, 2] <= 0: continue
+        if not (points[i, 2] > 0 and points[j, 2] > 0 and points[k, 2] > 0): continue
         x0, y0, x1, y1, x2, y2 = points[i, 0], points[i, 1], points[j, 0], points[j, 1], points[k, 0], points[k, 1]
         low, high = min(y0, y1, y2) - reach, max(y0, y1, y2) + reach
         if not (high > top and low < bottom and max(x0, x1, x2) + reach > 0 and min(x0, x1, x2) - reach < width): continue
         area = (x1 - x0) * (y2 - y0) - (x2 - x0) * (y1 - y0)
+        if area == 0 or not np.isfinite(area): continue
         left, right = max(int(min(x0, x1, x2) - reach), 0), min(int(max(x0, x1, x2) + reach) + 1, width)
+        first, last = max(int(low), top), min(int(high) + 1, bottom)
         u0, v0, u1, v1, u2, v2 = x2 - x1, y2 - y1, x0 - x2, y0 - y2, x1 - x0, y1 - y0    # the edges facing corners 0, 1, 2
-        r0, r1, r2 = 1 / max(u0 * u0 + v0 * v0, 1e-12), 1 / max(u1 * u1 + v1 * v1, 1e-12), 1 / max(u2 * u2 + v2 * v2, 1e-12)
-        for row in range(max(int(low), top), min(int(high) + 1, bottom)):
-            e0, e1, e2 = row + 0.5 - y1, row + 0.5 - y2, row + 0.5 - y0
+        edges = (np.float32(u0), np.float32(v0), np.float32(1 / max(u0 * u0 + v0 * v0, 1e-12)), np.float32(u1), np.float32(v1),
+                 np.float32(1 / max(u1 * u1 + v1 * v1, 1e-12)), np.float32(u2), np.float32(v2), np.float32(1 / max(u2 * u2 + v2 * v2, 1e-12)))
+        corners = (np.float32(x1 - left), np.float32(y1 - first), np.float32(x2 - left), np.float32(y2 - first), np.float32(x0 - left), np.float32(y0 - first))
+        sign = np.float32(1 if area > 0 else -1)
+        for row in range(first, last):
+            y = np.float32(row - first + 0.5)
+            if not backward:
+                _soft_row(free[row - top, left:right], cover[left:right], np.float32(0.5), y, corners, edges, sign, scale)
+                continue
+            largest = np.float32(0)
+            for column in range(left, right): largest = max(largest, abs(rest[row - top, column]))
+            if largest < least: continue                   # well inside: nothing to pull
+            _soft_row(scratch[left:right], cover[left:right], np.float32(0.5), y, corners, edges, sign, scale)
             for column in range(left, right):
-                rest = free[row - top, column]
-                if abs(rest) < 1e-6: continue
-                x, y = column + 0.5, row + 0.5
-                d0, s0 = _nearest(x - x1, e0, u0, v0, r0)
-                d1, s1 = _nearest(x - x2, e1, u1, v1, r1)
-                d2, s2 = _nearest(x - x0, e2, u2, v2, r2)
-                t0, t1, t2 = u0 * e0 - v0 * (x - x1), u1 * e1 - v1 * (x - x2), u2 * e2 - v2 * (x - x0)
-                inside = (t0 >= 0 and t1 >= 0 and t2 >= 0 and area > 0) or (t0 <= 0 and t1 <= 0 and t2 <= 0 and area < 0)
-                d = min(d0, d1, d2) * scale
-                if not inside and d > FADE: continue
-                e = np.exp(-min(d, 40.0))
-                cover = 1 / (1 + e) if inside else e / (1 + e)
-                if not backward:
-                    free[row - top, column] = rest * (1 - cover)
-                    continue
-                if d0 <= d1 and d0 <= d2: p, q, ax, ay, bx, by, s = j, k, x1, y1, x2, y2, s0
-                elif d1 <= d2: p, q, ax, ay, bx, by, s = k, i, x2, y2, x0, y0, s1
-                else: p, q, ax, ay, bx, by, s = i, j, x0, y0, x1, y1, s2
-                g = -2 * rest * cover * scale * (1 if inside else -1)
-                gx, gy = g * (x - ax - s * (bx - ax)), g * (y - ay - s * (by - ay))
-                gradient[job, p, 0] += (1 - s) * gx; gradient[job, p, 1] += (1 - s) * gy
-                gradient[job, q, 0] += s * gx; gradient[job, q, 1] += s * gy
+                scratch[column] = 1
+                g = rest[row - top, column] * cover[column]
+                if abs(g) < least: continue
+                x, y_ = column + 0.5, row + 0.5
+                p, q = j, k
+                s, ox, oy, d = _border(x - x1, y_ - y1, u0, v0, edges[2])
+                s1, ox1, oy1, d1 = _border(x - x2, y_ - y2, u1, v1, edges[5])
+                s2, ox2, oy2, d2 = _border(x - x0, y_ - y0, u2, v2, edges[8])
+                if d1 < d and d1 <= d2: p, q, s, ox, oy = k, i, s1, ox1, oy1
+                elif d2 < d: p, q, s, ox, oy = i, j, s2, ox2, oy2
+                inside = ((u0 * (y_ - y1) - v0 * (x - x1)) * area >= 0 and (u1 * (y_ - y2) - v1 * (x - x2)) * area >= 0
+                          and (u2 * (y_ - y0) - v2 * (x - x0)) * area >= 0)
+                g *= (-2 if inside else 2) * scale
+                gradient[job, p, 0] += (1 - s) * g * ox; gradient[job, p, 1] += (1 - s) * g * oy
+                gradient[job, q, 0] += s * g * ox; gradient[job, q, 1] += s * g * oy
     if not backward:
         for row in range(top, bottom):
             for column in range(width): alpha[b, row, column] = 1 - free[row - top, column]

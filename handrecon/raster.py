@@ -66,10 +66,10 @@ def rasterize_reference(
     depth = torch.where(hit, 1 / torch.where(hit, inverse, 1), 0)
     return Fragments(torch.where(hit, face, -1).int(), depth, chosen * depth[..., None])
 
-# %% ../nbs/05_raster.ipynb #d3fb9a8a
-def compiled(function: Callable) -> Callable:
+# %% ../nbs/05_raster.ipynb #8cbf8cfd
+def compiled(function: Callable, **options) -> Callable:
     "Compile with Numba; keep the machine code on disk where some folder is writable."
-    options = dict(nogil=True, error_model="numpy")
+    options = dict(nogil=True, error_model="numpy") | options
     try: return numba.njit(cache=True, **options)(function)
     except RuntimeError: return numba.njit(**options)(function)  # no place for a cache: compile in every process
 
