@@ -59,14 +59,15 @@ class Source:
     frames: int     # 1 for a picture
     fps: float      # 0 for a picture
 
-# %% ../nbs/18_reconstruct.ipynb #f203ee96
+# %% ../nbs/18_reconstruct.ipynb #7f3feadb
 def find_sources(inputs: Sequence[str | os.PathLike]) -> list[Source]:
     "Every picture and video among `inputs`; folders are searched one level deep. Raises `InputError` at the first that cannot be used."
     paths = []
     for path in map(Path, inputs):
         found = [path]
         if path.is_dir():
-            found = sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURE_ENDINGS + VIDEO_ENDINGS and p.is_file())
+            found = sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURE_ENDINGS + VIDEO_ENDINGS and p.is_file()
+                           and not p.stem.endswith(".overlay"))  # our own results of an earlier call
             if not found:
                 raise InputError(f"{path}: no pictures ({', '.join(PICTURE_ENDINGS)}) or videos ({', '.join(VIDEO_ENDINGS)}) in this folder")
         paths += found
@@ -428,7 +429,7 @@ HANDS_ABOUT = (
     "21 joints in FreiHAND order. vertices = flip(scale * H(pose, shape, rotation) + translation): H is the right hand model, turned about its wrist, and flip is x -> -x "
     "where mirrored is true. error_px is the median distance of projected to detected joints, error_of_box the same over the longer side of the detected joints' box.")
 
-# %% ../nbs/18_reconstruct.ipynb #8ff3de04
+# %% ../nbs/18_reconstruct.ipynb #a27fcb94
 class SourceWriter:
     "Results of one source, written as they come; `close` finishes them."
 
@@ -482,7 +483,7 @@ class SourceWriter:
         self.array.close()
         meshes = []
         for i, (_, frame, hand) in sorted(self.best.items()):
-            name = f"{self.source.name}.glb" if i == 0 else f"{self.source.name}-{i + 1}.glb"
+            name = f"{self.source.name}.glb" if i == 0 else f"{self.source.name}.hand{i + 1}.glb"
             write_glb(self.work / name, hand.vertices, self.faces_of(hand.side))
             meshes.append({"file": name, "frame": frame, "side": hand.side})
         self._pack()

@@ -110,6 +110,7 @@ def test_odd_sizes_folders_and_same_names(tmp_path):
     for name in ("b.png", "c.png"):
         picture(tmp_path / "in" / name, 65, 67)
     (tmp_path / "in/readme.txt").write_text("not a picture")
+    picture(tmp_path / "in/c.overlay.png")
     assert [s.name for s in R.find_sources([tmp_path / "in"])] == ["b_mp4", "b_png", "c"]
 
 
@@ -156,6 +157,16 @@ def test_a_hand_found_twice_counts_once(tmp_path):
         source, = R.find_sources([picture(tmp_path / "photo.png")])
         found, = R.pair_detections(source, tmp_path / "det")
         assert len(found) == hands and (found[0].confidence[0] == (0.9 if hands == 1 else 0.7))
+
+
+def test_two_hands_in_one_photo(tmp_path):
+    right, left = true_joints()[0] * 0.5, true_joints("left")[0] * 0.5 + torch.tensor([60.0, 40])
+    write_openpose(tmp_path / "det", Detections(["photo"] * 2, torch.stack([left, right]), torch.ones(2, 21), ["left", "right"]))
+    R.reconstruct([picture(tmp_path / "photo.png")], tmp_path / "out", detections=tmp_path / "det", config=QUICK, progress=False)
+    assert sorted(os.listdir(tmp_path / "out")) == ["hands.json", "photo.glb", "photo.hand2.glb", "photo.npz", "photo.overlay.png"]
+    written = json.loads((tmp_path / "out/hands.json").read_text())
+    assert [m["side"] for m in written["sources"][0]["meshes"]] == ["left", "right"] == [h["side"] for h in written["hands"]]
+    assert max(h["error_of_box"]["after"] for h in written["hands"]) < 0.05
 
 
 def test_growing_array_and_chunks(tmp_path, monkeypatch):
