@@ -326,7 +326,7 @@ def _border(ex, ey, dx, dy, inverse):
     ox, oy = ex - s * dx, ey - s * dy
     return s, ox, oy, ox * ox + oy * oy
 
-# %% ../nbs/05b_contour.ipynb #bd51abb7
+# %% ../nbs/05b_contour.ipynb #610cbd31
 @compiled
 def _soft_strip(job, strips, screen, faces, sigma, alpha, upstream, gradient):
     "Forward (empty upstream): alpha of one strip. Backward: dL/d(u, v) of the corners into gradient[job]."
@@ -340,7 +340,7 @@ def _soft_strip(job, strips, screen, faces, sigma, alpha, upstream, gradient):
         for row in range(top, bottom):
             for column in range(width):
                 rest[row - top, column] = (1 - alpha[b, row, column]) * upstream[b, row, column]
-                least = max(least, 1e-4 * abs(upstream[b, row, column]))    # smaller shares are left out
+                least = max(least, 2e-5 * abs(upstream[b, row, column]))    # smaller shares are left out
     for f in range(len(faces)):
         i, j, k = faces[f, 0], faces[f, 1], faces[f, 2]
         if not (points[i, 2] > 0 and points[j, 2] > 0 and points[k, 2] > 0): continue

@@ -6,12 +6,12 @@
 __all__ = ['interpolate', 'face_normals', 'vertex_normals', 'Light', 'light_from_vector', 'shade', 'silhouette', 'Rendering',
            'render']
 
-# %% ../nbs/06_render.ipynb #87367291
+# %% ../nbs/06_render.ipynb #1a217aa7
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from .contour import antialias
