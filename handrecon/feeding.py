@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAPER_AUGMENTATION', 'STRONG_AUGMENTATION', 'AROUND', 'Crop', 'crop_camera', 'warp', 'Augmentation', 'draws',
-           'colour_table', 'HandBatch', 'Crops', 'as_is', 'make_loader', 'with_joints', 'Chosen', 'PackedPictures',
+           'colour_table', 'HandBatch', 'Crops', 'as_is', 'make_loader', 'Chosen', 'with_joints', 'PackedPictures',
            'pack', 'bench_data']
 
 # %% ../nbs/14c_feeding.ipynb #b43f2a7c
@@ -285,13 +285,7 @@ def make_loader(
     return torch.utils.data.DataLoader(crops, batch_size, shuffle, num_workers=workers, collate_fn=as_is, drop_last=drop_last, worker_init_fn=_one_thread,
                                        generator=torch.Generator().manual_seed(seed), persistent_workers=workers > 0)
 
-# %% ../nbs/14c_feeding.ipynb #02cb1c2a
-def with_joints(data: HandData, around: str = "detected", smallest: int = 1) -> torch.utils.data.Subset:
-    "The samples that have at least so many joints to crop around."
-    count = lambda x: int((x.keypoints_valid if around == "keypoints" else torch.zeros(1) if x.confidence is None else x.confidence > 0).sum())
-    return Chosen(data, [i for i in range(len(data)) if count(data.label(i)) >= smallest])
-
-
+# %% ../nbs/14c_feeding.ipynb #cef6b2b7
 class Chosen(HandData):
     "Some samples of a data set."
     def __init__(self, data: HandData, indices: Sequence[int]):
@@ -299,8 +293,22 @@ class Chosen(HandData):
 
     def __len__(self) -> int: return len(self.indices)
     def label(self, index: int) -> HandSample: return self.data.label(self.indices[index])
+    def files(self, index: int) -> list[str]: return self.data.files(self.indices[index])
     def read_mask(self, index: int): return self.data.read_mask(self.indices[index])
     def read_depth(self, index: int): return self.data.read_depth(self.indices[index])
+    def __getitem__(self, index: int) -> HandSample: return self.data[self.indices[index]]
+
+# %% ../nbs/14c_feeding.ipynb #fcba0b7f
+def with_joints(
+    data: HandData,
+    around: str = "detected",           # or "keypoints"
+    smallest: int = 1,                  # so many joints at least
+) -> Chosen:
+    "The samples that have something to crop around."
+    def count(x: HandSample) -> int:
+        if around == "keypoints": return int(x.keypoints_valid.sum())
+        return 0 if x.confidence is None else int((x.confidence > 0).sum())
+    return Chosen(data, [i for i in range(len(data)) if count(data.label(i)) >= smallest])
 
 # %% ../nbs/14c_feeding.ipynb #7eb3c06a
 class PackedPictures:

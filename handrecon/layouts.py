@@ -39,7 +39,7 @@ from .rotation import axis_angle_to_matrix, matrix_to_axis_angle, random_rotatio
 from .synthetic import (OVERSAMPLE, Hands, Scene, SyntheticConfig, backgrounds, block_seed, dress, expose, joint_visibility, palm_frame,
                                  resolve, sample_views, write_freihand)
 
-# %% ../nbs/14b_layouts.ipynb #26e70c00
+# %% ../nbs/14b_layouts.ipynb #82a28bbf
 class Actor(NamedTuple):
     "A hand of each picture, placed, dressed and lit in the axes of a reference camera."
     model: HandModel
@@ -55,7 +55,7 @@ class Actor(NamedTuple):
 def actor(
     model: HandModel,
     centre: Float[Tensor, "B 3"],           # where the middle of the hand shall be, metres
-    light_seed: int,                        # actors of one scene share it
+    look_seed: int,                         # of skin, sleeves and light: the hands of one person share it
     g: torch.Generator,
     config: SyntheticConfig,
 ) -> Actor:
@@ -68,8 +68,8 @@ def actor(
     translation = centre - (turned.joints.amin(1) + turned.joints.amax(1)) / 2
     mesh = HandMesh(*(x + translation[:, None] for x in turned))
     K = torch.eye(3).expand(n, 3, 3)
-    scene = dress(Hands(mesh, pose, shape, axis_angle_to_matrix(rotation), K), g, config, model)
-    colours = expose(scene, mesh.joints, model.n_vertices, torch.Generator().manual_seed(light_seed))
+    scene = dress(Hands(mesh, pose, shape, axis_angle_to_matrix(rotation), K), torch.Generator().manual_seed(look_seed), config, model)
+    colours = expose(scene, mesh.joints, model.n_vertices, torch.Generator().manual_seed(look_seed))
     return Actor(model, pose, shape, rotation, translation, mesh, scene, colours)
 
 # %% ../nbs/14b_layouts.ipynb #3c5ca977
@@ -119,14 +119,14 @@ def own_faces(fragments: Fragments, actors: list[Actor], number: int) -> Fragmen
     mine = (face >= start) & (face < start + own)
     return fragments._replace(face_index=torch.where(mine, face - start, torch.where(face < 0, -1, own)).int())
 
-# %% ../nbs/14b_layouts.ipynb #08e1c435
+# %% ../nbs/14b_layouts.ipynb #666882fd
 def shoot(
     actors: list[Actor],
     present: Bool[Tensor, "B A"],
     view: Camera,
     behind: Float[Tensor, "B 3 H W"],
     g: torch.Generator,
-    noise: float = 0.02,
+    noise: float,                               # standard deviation at mid grey
 ) -> UInt8[np.ndarray, "B H W 3"]:
     "Pictures of the actors in front of a background, with the noise of a sensor."
     _, faces, colours = _stage(actors, present, view)
@@ -214,7 +214,7 @@ def hand_of(side: str) -> HandModel:
     "The licence-free hand, made once."
     return _HANDS.setdefault(side, proxy_hand(side))
 
-# %% ../nbs/14b_layouts.ipynb #5c0e963f
+# %% ../nbs/14b_layouts.ipynb #835fb0cd
 HO3D_CAMERA = camera(((614.6, 0, 320.3), (0, 614.1, 238.5), (0, 0, 1)), 480, 640)
 _GL = torch.tensor([1.0, -1, -1])
 _PER_SEQUENCE = 500
@@ -236,7 +236,7 @@ def _write_ho3d(block: Block) -> dict[str, np.ndarray]:
     g, view, n = block.generator(), HO3D_CAMERA, block.n
     a = actor(hand_of("right"), scatter(n, (-0.12, -0.08, 0.42), (0.12, 0.08, 0.65), g), block.seed, g, block.config)
     there, ending = torch.ones(n, 1, dtype=torch.bool), "jpg" if block.options["version"] == 3 else "png"
-    pictures = shoot([a], there, view, backdrop([a], view.height, view.width, g), g)
+    pictures = shoot([a], there, view, backdrop([a], view.height, view.width, g), g, block.config.sensor_noise / 2)
     fragments = fragments_of([a], there, view)
     depth = torch.where(fragments.depth > 0, fragments.depth, 1.2).numpy() / HO3D_DEPTH_SCALE
     keypoints = project(a.mesh.joints, view.Ks(n))
@@ -290,7 +290,7 @@ def _finish_ho3d(root: Path, split: str, arrays: dict[str, np.ndarray], options:
         for name, key in (("xyz", "joints"), ("verts", "vertices")):
             write_text_atomically(root / f"evaluation_{name}.json", json.dumps(decimals(arrays[key])))
 
-# %% ../nbs/14b_layouts.ipynb #ebeffe53
+# %% ../nbs/14b_layouts.ipynb #f062d6a8
 STB_BACKGROUND = 1.5    # metres
 
 
@@ -318,10 +318,10 @@ def _write_stb(block: Block) -> dict[str, np.ndarray]:
     middle = STB_BASELINE / 2
     pair = actor(model, scatter(n, (middle - 0.04, -0.06, 0.55), (middle + 0.04, 0.04, 0.75), g), block.seed, g, block.config)
     single = actor(model, scatter(n, (-0.1, -0.06, 0.5), (0.1, 0.06, 0.7), g), block.seed + 1, g, block.config)
-    pictures = {f"BB_{side}": shoot([pair], there, view, behind, g)
+    pictures = {f"BB_{side}": shoot([pair], there, view, behind, g, block.config.sensor_noise / 2)
                 for side, view, behind in zip(("left", "right"), STB_VIEWS, stereo_backdrop(pair, STB_VIEWS, g))}
     color, sensor = STB_SK
-    pictures["SK_color"] = shoot([single], there, color, backdrop([single], color.height, color.width, g), g)
+    pictures["SK_color"] = shoot([single], there, color, backdrop([single], color.height, color.width, g), g, block.config.sensor_noise / 2)
     depth = fragments_of([single], there, sensor).depth
     depth = torch.where(depth > 0, depth, STB_BACKGROUND).numpy() * 1000
     for i in range(n):
@@ -349,7 +349,7 @@ def _finish_stb(root: Path, split: str, arrays: dict[str, np.ndarray], options: 
             if len(frames):
                 write_bytes(root / "labels" / f"{sequence}_{camera_}.mat", mat_bytes("handPara", frames.transpose(2, 1, 0)))
 
-# %% ../nbs/14b_layouts.ipynb #0febd218
+# %% ../nbs/14b_layouts.ipynb #b2d759a4
 RHD_CAMERA = camera(((283.1, 0, 160), (0, 283.1, 160), (0, 0, 1)), 320, 320)
 _RHD_PART = tuple(15 if name == "wrist" else 3 * ("thumb", "index", "middle", "ring", "little").index(name[:-1]) + 3 - int(name[-1])
                   for name in MANO_JOINT_NAMES)     # thumb, index, … little, each from the tip to the palm; then the palm
@@ -377,7 +377,7 @@ def _write_rhd(block: Block) -> dict[str, np.ndarray]:
     g, view, n = block.generator(), RHD_CAMERA, block.n
     actors = pair_of_hands(n, (-0.03, -0.06, 0.5), (0.03, 0.06, 0.8), 0.22, block, g)
     there = torch.ones(n, 2, dtype=torch.bool)
-    pictures = shoot(actors, there, view, backdrop(actors, view.height, view.width, g), g)
+    pictures = shoot(actors, there, view, backdrop(actors, view.height, view.width, g), g, block.config.sensor_noise / 2)
     fragments = fragments_of(actors, there, view)
     masks, depth = part_labels(fragments, actors), torch.where(fragments.depth > 0, fragments.depth, 2.0).numpy() / RHD_DEPTH_SCALE
     for i in range(n):
@@ -406,7 +406,7 @@ def _finish_rhd(root: Path, split: str, arrays: dict[str, np.ndarray], options: 
     write_s2hand_detections(root / split / "openpose" / "detect.json", Detections(
         [f"{i:05d}.png" for i in range(len(arrays["xy"]))], torch.from_numpy(arrays["xy"]), torch.from_numpy(arrays["confidence"])))
 
-# %% ../nbs/14b_layouts.ipynb #286560a9
+# %% ../nbs/14b_layouts.ipynb #b04cb028
 _INTERHAND_KINDS = ("right", "left", "interacting")
 _FRAMES_PER_CAPTURE = 1000
 
@@ -418,7 +418,7 @@ def _interhand_cameras(capture: int) -> tuple[dict[str, Camera], Camera]:
     aside = axis_angle_to_matrix(torch.tensor([0.1, 0.6, 0.05]))
     middle = torch.tensor([0.0, 0.0, 1.1])
     return {"400262": camera(((1270.1, 0, 254.3), (0, 1269.4, 168.9), (0, 0, 1)), 334, 512),
-            "400270": camera(((980.6, 0, 168.2), (0, 981.3, 254.4), (0, 0, 1)), 512, 334, aside, middle - aside @ middle)}, world
+            "400270": camera(((800.6, 0, 168.2), (0, 801.3, 254.4), (0, 0, 1)), 512, 334, aside, middle - aside @ middle)}, world
 
 
 def _write_interhand(block: Block) -> dict[str, np.ndarray]:
@@ -430,7 +430,7 @@ def _write_interhand(block: Block) -> dict[str, np.ndarray]:
     cameras, world = _interhand_cameras(capture)
     boxes = []
     for name, view in cameras.items():
-        pictures = shoot(actors, there, view, backdrop(actors, view.height, view.width, g), g)
+        pictures = shoot(actors, there, view, backdrop(actors, view.height, view.width, g), g, block.config.sensor_noise / 2)
         for i in range(n):
             save(block.root / "images" / block.split / _interhand_file(block.first + i, name), pictures[i])
         uv = torch.cat([project(view.see(a.mesh.joints), view.Ks(n)).where(there[:, k, None, None], torch.nan) for k, a in enumerate(actors)], 1).numpy()
@@ -505,7 +505,7 @@ def _skeleton() -> str:
         lines.append(f"{hand}_wrist {first + 20} -1\n")
     return "".join(lines)
 
-# %% ../nbs/14b_layouts.ipynb #2e42be07
+# %% ../nbs/14b_layouts.ipynb #c2f9f67a
 YOUTUBE_CAMERA = camera(((700, 0, 320), (0, 700, 180), (0, 0, 1)), 360, 640)
 
 
@@ -514,7 +514,7 @@ def _write_youtube(block: Block) -> dict[str, np.ndarray]:
     actors = pair_of_hands(n, (-0.06, -0.03, 0.6), (0.06, 0.03, 0.8), 0.2, block, g)
     kind = (torch.arange(n) + block.first) % 3                              # right, left, both
     there = torch.stack([kind != 0, kind != 1], 1)
-    pictures = shoot(actors, there, view, backdrop(actors, view.height, view.width, g), g)
+    pictures = shoot(actors, there, view, backdrop(actors, view.height, view.width, g), g, block.config.sensor_noise / 2)
     for i in range(n):
         save(block.root / "data" / _youtube_file(block.split, block.first + i), pictures[i])
     return {"vertices": torch.stack([image_aligned(a.mesh.vertices, view) for a in actors], 1).numpy(), "there": there.numpy()}
@@ -592,14 +592,14 @@ def _gathered(blocks: list[Block]) -> dict[str, np.ndarray]:
             parts.append(dict(stored))
     return {key: np.concatenate([p[key] for p in parts]) for key in parts[0]}
 
-# %% ../nbs/14b_layouts.ipynb #b64dd030
+# %% ../nbs/14b_layouts.ipynb #83fad69d
 def write_layout(
     layout: str,                            # "freihand" or a key of LAYOUTS
     root: str | Path,                       # made if it is not there
     n: int,                                 # pictures (STB, InterHand2.6M: moments) of the first split; the others get a tenth
     seed: int = 0,
     config: SyntheticConfig = SyntheticConfig(view_spread=0.6),
-    evaluation: int | None = None,          # pictures of each other split; default a tenth
+    evaluation: int | None = None,          # pictures of each other split; default a tenth; 0: the first split alone
     version: int = 2,                       # HO-3D's
     block: int = 8,
     progress: bool = True,
@@ -610,14 +610,14 @@ def write_layout(
         return write_freihand(root, n, seed, evaluation=evaluation, progress=progress)
     if layout not in LAYOUTS:
         raise ValueError(f"write_layout: expected one of freihand, {', '.join(LAYOUTS)}, found {layout!r}")
-    if n < 1 or evaluation < 1 or version not in (2, 3):
-        raise ValueError(f"write_layout: expected at least one picture in each split and version 2 or 3, found {n}, {evaluation} and {version}")
+    if n < 1 or evaluation < 0 or version not in (2, 3):
+        raise ValueError(f"write_layout: expected at least one picture, none or more for evaluation, and version 2 or 3, found {n}, {evaluation} and {version}")
     kind, options = LAYOUTS[layout], {"version": version}
     recipe = json.loads(json.dumps({"layout": layout, "seed": seed, "n": n, "evaluation": evaluation, "block": block, "config": asdict(config)} | options))
     try:
         if _claim(root, recipe): return root
         (root / ".parts").mkdir(exist_ok=True)
-        counts = [n] + [evaluation] * (len(kind.splits) - 1)
+        counts = [n] + [evaluation] * (len(kind.splits) - 1) if evaluation else [n]
         with tqdm(total=sum(counts), unit="picture", disable=not progress) as bar:
             for number, (split, count) in enumerate(zip(kind.splits, counts)):
                 blocks = _blocks(root, number, split, count, seed, config, block, options)
