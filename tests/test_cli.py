@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from handrecon import __version__, cli
 
-COMMANDS = {"version", "reconstruct", "synth", "evaluate", "reproduce"}
+COMMANDS = {"version", "reconstruct", "synth", "evaluate", "reproduce", "check-mano", "check-data"}
 
 
 def call(*arguments):
@@ -92,12 +92,28 @@ def test_reproduce_checks_before_it_runs(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_synth_writes_freihands_layout(tmp_path):
+def test_synth_writes_layouts_that_check_data_accepts(tmp_path):
     assert call("synth", "--n", 3, "--seed", 5, "--out", tmp_path / "a")[0] == 0
-    assert len(os.listdir(tmp_path / "a/training/rgb")) >= 3 and (tmp_path / "a/training_K.json").exists()
     assert "another recipe" in fails("synth", "--n", 3, "--seed", 6, "--out", tmp_path / "a")
     assert "layout" in fails("synth", "--layout", "nonsense", "--n", 1, "--out", tmp_path / "b")
     assert not (tmp_path / "b").exists()
+    code, out, err = call("check-data", "freihand", tmp_path / "a", "--sheet", tmp_path / "sheet.png")
+    assert code == 0 and "3 pictures" in out and (tmp_path / "sheet.png").stat().st_size > 1000, err
+    (tmp_path / "a/training/rgb/00000001.jpg").unlink()
+    code, _, err = call("check-data", "freihand", tmp_path / "a")
+    assert code == 2 and "missing" in err and "Traceback" not in err
+    assert "nyu" in fails("check-data", "nyu", tmp_path) and "no such folder" in fails("check-data", "freihand", tmp_path / "absent")
+
+
+def test_check_mano(tmp_path):
+    from mano_fixtures import fabricate
+    np.savez(tmp_path / "MANO_RIGHT.npz", **fabricate())
+    code, out, err = call("check-mano", tmp_path / "MANO_RIGHT.npz", "--picture", tmp_path / "hand.png")
+    assert code == 0 and "778 vertices" in out and (tmp_path / "hand.png").exists(), err
+    (tmp_path / "MANO_LEFT.pkl").write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
+    fails("check-mano", tmp_path / "MANO_LEFT.pkl")
+    fails("check-mano", tmp_path / "absent.pkl")
+    fails("check-mano", tmp_path / "MANO_RIGHT.npz", "--side", "up")
 
 
 def test_evaluate_agrees_with_the_library(tmp_path):
