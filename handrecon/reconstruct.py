@@ -234,16 +234,16 @@ def pair_detections(source: Source, path: str | os.PathLike, side: str = "auto")
         frames[number].append(Hand2D(box, said if side == "auto" else side, xy, confidence))
     return [without_doubles(hands) for hands in frames]
 
-# %% ../nbs/18_reconstruct.ipynb #a6a05e36
-DOUBLE = 0.3  # of the box: 0.02 to 0.27 for hands that a detector found twice in a real video
+# %% ../nbs/18_reconstruct.ipynb #22513e03
+DOUBLE = 0.3  # of the larger box: at most 0.27 for hands that a detector found twice in a real video
 
-# %% ../nbs/18_reconstruct.ipynb #5cfc4518
+# %% ../nbs/18_reconstruct.ipynb #aae0c114
 def without_doubles(hands: list[Hand2D]) -> list[Hand2D]:
     "Hands of one frame, in their order, each found only once."
     kept: list[Hand2D] = []
+    extent = lambda hand: float(hand.box[2] - hand.box[0]) / (1 + 2 * BOX_MARGIN)
     for hand in sorted(hands, key=lambda h: -float(h.confidence.mean())):
-        size = float(hand.box[2] - hand.box[0]) / (1 + 2 * BOX_MARGIN)
-        if all(_mean_distance(hand, other) > DOUBLE * size for other in kept):
+        if all(_mean_distance(hand, other) > DOUBLE * max(extent(hand), extent(other)) for other in kept):
             kept.append(hand)
     return [hand for hand in hands if any(hand is k for k in kept)]
 
