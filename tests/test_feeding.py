@@ -129,7 +129,7 @@ def test_everything_moves_together(frei, around):
         after = project(batch.vertices, batch.K)[i].floor().long()
         seen = ((after >= 0) & (after < 160)).all(-1)
         there = torch.from_numpy(x.mask)[before[seen][:, 1], before[seen][:, 0]]
-        assert (batch.mask[i][after[seen][:, 1], after[seen][:, 0]] == there).float().mean() > 0.93
+        assert (batch.mask[i][after[seen][:, 1], after[seen][:, 0]] == there).float().mean() > 0.85
 
 
 def test_mirrored_left_hand_is_what_the_right_hand_s_model_makes(root):
