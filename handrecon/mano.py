@@ -116,7 +116,7 @@ class HandMesh(NamedTuple):
     vertices: Float[Tensor, "B V 3"]    # metres
     joints: Float[Tensor, "B 21 3"]     # metres
 
-# %% ../nbs/02_mano.ipynb #a4b4d6b5
+# %% ../nbs/02_mano.ipynb #d252ab9e
 class HandModel(nn.Module):
     """MANO's function from parameters to a mesh, for any arrays with MANO's names.
 
@@ -135,6 +135,7 @@ class HandModel(nn.Module):
     ):
         super().__init__()
         arrays, self.source = check_arrays(arrays), None       # `source` says which file it came from, if any
+        self.fast = True                                       # False: always `plain`, for second derivatives
         self.side, self.n_pca, self.flat_hand_mean, self.fingertips = side, n_pca, flat_hand_mean, tuple(int(v) for v in fingertips)
         self._check_options(len(arrays["v_template"]), len(arrays["hands_mean"]))
         self.parents = (-1, *arrays["kintree_table"][0, 1:].tolist())
@@ -199,11 +200,26 @@ class HandModel(nn.Module):
         translation: Float[Tensor, "B 3"] | None = None,        # metres
         scale: Float[Tensor, "B"] | None = None,                # about the origin, before the translation
     ) -> HandMesh:
-        "scale · M(shape, pose) + translation."
+        "scale · M(shape, pose) + translation; by compiled kernels (`handrecon.fast_hand`) where they can, else by `plain`."
         shape = pose.new_zeros(len(pose), self.n_shape) if shape is None else shape
         rotation = pose.new_zeros(len(pose), 3) if rotation is None else rotation
         if shape.shape != (len(pose), self.n_shape):
             raise ValueError(f"shape: expected shape {(len(pose), self.n_shape)}, found {tuple(shape.shape)}")
+        if self.fast and self.v_template.is_cpu:
+            from handrecon.fast_hand import fast_hand, suits
+            if suits(self, pose, shape, rotation, translation, scale):
+                return HandMesh(*fast_hand(self, self.full_pose(pose), shape, rotation, translation, scale))
+        return self.plain(pose, shape, rotation, translation, scale)
+
+    def plain(
+        self,
+        pose: Float[Tensor, "B n"],
+        shape: Float[Tensor, "B s"],
+        rotation: Float[Tensor, "B 3"],
+        translation: Float[Tensor, "B 3"] | None = None,
+        scale: Float[Tensor, "B"] | None = None,
+    ) -> HandMesh:
+        "The same, step by step, as derived in this lesson: any precision, any device, any order of derivatives."
         local = axis_angle_to_matrix(torch.cat([rotation, self.full_pose(pose)], -1).unflatten(-1, (-1, 3)))
         rest = self.v_template + linear_offsets(torch.cat([shape, pose_feature(local)], -1), self.directions)       # V_P
         rest_joints = self.J_template + linear_offsets(shape, self.J_directions)                                    # J(β)
