@@ -9,7 +9,7 @@ __all__ = ['PICTURE_ENDINGS', 'VIDEO_ENDINGS', 'SMALLEST_SIDE', 'BOX_MARGIN', 'F
            'without_doubles', 'whole_picture', 'Hand3D', 'reconstruct_hands', 'GrowingArray', 'results_folder',
            'hand_record', 'SourceWriter', 'in_chunks', 'Summary', 'reconstruct', 'load_network']
 
-# %% ../nbs/18_reconstruct.ipynb #9db0d227
+# %% ../nbs/18_reconstruct.ipynb #cea4bf9f
 import json
 import os
 import shutil
@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # a damaged video is reported by us, in one sentence
@@ -556,7 +557,7 @@ def _summary(source: Source, records: list[tuple[int, dict, dict]]) -> Summary:
         return tuple(float(x) for x in np.median(pairs, axis=0)) if pairs else None
     return Summary(source, len(records), len({frame for frame, _, _ in records}), median("before"), median("after"))
 
-# %% ../nbs/18_reconstruct.ipynb #67705a19
+# %% ../nbs/18_reconstruct.ipynb #1817fb98
 def reconstruct(
     inputs: Sequence[str | os.PathLike],             # pictures, videos, folders of them
     out: str | os.PathLike,                          # folder for the results
@@ -579,6 +580,8 @@ def reconstruct(
         raise InputError("give either a box or detections, not both")
     if network is None and detections is None:
         raise InputError("without a network there is nothing to start from: give a checkpoint, or detections")
+    if find_spec("trimesh") is None:
+        raise InputError("meshes are written as GLB by trimesh, which is not installed: pip install 'handrecon[mesh]'")
     if network is None and not fit:
         raise InputError("without a network and without a fit nothing is left to do: give a checkpoint, or allow the fit")
     sources = find_sources(inputs)
