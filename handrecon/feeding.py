@@ -7,7 +7,7 @@ __all__ = ['PAPER_AUGMENTATION', 'STRONG_AUGMENTATION', 'AROUND', 'Crop', 'crop_
            'colour_table', 'HandBatch', 'Crops', 'as_is', 'make_loader', 'Chosen', 'with_joints', 'PackedPictures',
            'pack', 'bench_data']
 
-# %% ../nbs/14c_feeding.ipynb #b43f2a7c
+# %% ../nbs/14c_feeding.ipynb #fdd361c8
 import hashlib
 import json
 import os
@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import pi
 from pathlib import Path
 from typing import NamedTuple

@@ -1,5 +1,4 @@
 """The loaders: every trap of the formats, files by their official writers' habits, and nothing but one sentence for bad ones."""
-import io
 import json
 import os
 import pickle

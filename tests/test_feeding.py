@@ -3,7 +3,6 @@ import json
 import os
 import pickle
 import shutil
-from dataclasses import replace
 from math import pi
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from hypothesis import strategies as st
 
 from handrecon import feeding
 from handrecon.camera import project
-from handrecon.datasets import HO3D, RHD, STB, DataError, FreiHAND, YouTube3D, read_rgb
+from handrecon.datasets import HO3D, RHD, STB, DataError, FreiHAND, YouTube3D
 from handrecon.feeding import (PAPER_AUGMENTATION, STRONG_AUGMENTATION, Augmentation, Chosen, Crops, PackedPictures, bench_data, colour_table, crop_camera,
                                draws, make_loader, pack, warp, with_joints)
 from handrecon.layouts import hand_of, write_layout

@@ -3,7 +3,6 @@ import hashlib
 import json
 import pickle
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,9 +10,9 @@ import torch
 
 from handrecon import layouts
 from handrecon.camera import project
-from handrecon.conventions import FINGERTIP_VERTICES, OPENGL_TO_OPENCV, convert_joints
-from handrecon.datasets import HO3D, RHD, STB, InterHand, YouTube3D, mano_mesh, read_rgb
-from handrecon.layouts import LAYOUTS, depth_picture, hand_of, image_aligned, old_pickle, shoot, write_layout
+from handrecon.conventions import OPENGL_TO_OPENCV, convert_joints
+from handrecon.datasets import HO3D, RHD, STB, InterHand, YouTube3D, mano_mesh
+from handrecon.layouts import LAYOUTS, depth_picture, hand_of, image_aligned, old_pickle, write_layout
 from handrecon.raster import rasterize
 from handrecon.synthetic import SyntheticConfig
 
