@@ -11,7 +11,7 @@ __all__ = ['LARGEST_PICTURE', 'FREIHAND_VERSIONS', 'FREIHAND_DETECTIONS', 'HO3D_
            'palm_to_wrist', 'STB', 'stb_depth_pose', 'RHD', 'InterHand', 'YouTube3D', 'OwnPictures', 'decode_upright',
            'mano_mesh', 'open_data', 'suspicions', 'DataReport', 'check_split', 'check_data']
 
-# %% ../nbs/14_datasets.ipynb #eb6a7396
+# %% ../nbs/14_datasets.ipynb #206e023b
 import hashlib
 import json
 import os
@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
+from sys import intern
 
 import cv2
 import numpy as np
@@ -784,14 +785,15 @@ class RHD(HandData):
         path = self._file("depth", self._row(index)[0])
         return two_byte_depth(read_rgb(path), low_first=False) * np.float32(RHD_DEPTH_SCALE) if path.exists() else None
 
-# %% ../nbs/14_datasets.ipynb #cd9e38de
+# %% ../nbs/14_datasets.ipynb #be963bff
 def _compact(entry: dict):
     "An image or an annotation of the COCO-like file as a tuple of what is needed; a million dictionaries would not fit."
     if "file_name" in entry:
-        return ("image", int(entry["id"]), str(entry["file_name"]), str(entry["capture"]), str(entry["camera"]), str(entry["frame_idx"]))
+        return ("image", int(entry["id"]), str(entry["file_name"]), intern(str(entry["capture"])), intern(str(entry["camera"])), str(entry["frame_idx"]))
     if "image_id" in entry:
         valid = np.asarray(entry["joint_valid"], dtype=bool).reshape(-1)
-        return ("annotation", int(entry["image_id"]), str(entry["hand_type"]), np.packbits(valid) if valid.size == 42 else None, np.asarray(entry["bbox"], np.float32))
+        return ("annotation", int(entry["image_id"]), intern(str(entry["hand_type"])), np.packbits(valid).tobytes() if valid.size == 42 else None,
+                np.asarray(entry["bbox"], np.float32).tobytes())
     return entry
 
 # %% ../nbs/14_datasets.ipynb #f7d820ac
@@ -842,7 +844,7 @@ def _interhand_mano(path: Path, frames: dict[tuple[str, str], int]) -> np.ndarra
         raise DataError(f"{path}: expected pose, shape and trans of each hand, {type(error).__name__}: {error}") from None
     return out
 
-# %% ../nbs/14_datasets.ipynb #5d042985
+# %% ../nbs/14_datasets.ipynb #4df7934f
 def _interhand_index(folder: Path, split: str) -> dict[str, np.ndarray]:
     "One row a hand: right and left hands that have a valid wrist."
     path = lambda what: folder / f"InterHand2.6M_{split}_{what}.json"
@@ -853,19 +855,19 @@ def _interhand_index(folder: Path, split: str) -> dict[str, np.ndarray]:
     images, camera_row, rows = {e[1]: e for e in data["images"]}, {key: i for i, key in enumerate(cameras)}, []
     for _, image_id, kind, packed, box in data["annotations"]:
         image = images.get(image_id)
-        if image is None or packed is None or kind not in ("right", "left", "interacting") or box.shape != (4,):
+        if image is None or packed is None or kind not in ("right", "left", "interacting") or len(box) != 16:
             raise DataError(f"{path('data')}: expected an image, a hand_type and 42 joint_valid for each annotation, found none for image {image_id}")
         _, _, file, capture, camera, frame = image
         if (capture, camera) not in camera_row or (capture, frame) not in frames:
             raise DataError(f"{path('data')}: {file} has no camera or no joints (capture {capture}, camera {camera}, frame {frame})")
         row = frames[capture, frame]
-        valid = np.unpackbits(packed, count=42).astype(bool) & frame_valid[row]
+        valid = np.unpackbits(np.frombuffer(packed, np.uint8), count=42).astype(bool) & frame_valid[row]
         sides = [s for s in ("right", "left") if kind in (s, "interacting") and valid[FIRST_JOINT["interhand"][s] + 20]]
         rows += [(file, row, camera_row[capture, camera], side == "left", packed, box, len(sides)) for side in sides]
     file, row, camera, left, packed, box, together = zip(*rows) if rows else ((),) * 7
     return {"picture": np.array(file, dtype=str), "frame": np.array(row, int), "camera": np.array(camera, int), "left": np.array(left, bool),
-            "valid": np.unpackbits(np.array(packed, np.uint8).reshape(-1, 6), axis=1, count=42).astype(bool) & frame_valid[np.array(row, int)],
-            "box": np.array(box, np.float32).reshape(-1, 4), "together": np.array(together, int),
+            "valid": np.unpackbits(np.frombuffer(b"".join(packed), np.uint8).reshape(-1, 6), axis=1, count=42).astype(bool) & frame_valid[np.array(row, int)],
+            "box": np.frombuffer(b"".join(box), np.float32).reshape(-1, 4), "together": np.array(together, int),
             "world": world, "cameras": np.stack(list(cameras.values())), "mano": _interhand_mano(path("MANO_NeuralAnnot"), frames)}
 
 # %% ../nbs/14_datasets.ipynb #a780bd6a

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from handrecon import __version__, cli
 
-COMMANDS = {"version", "reconstruct", "synth", "evaluate", "reproduce", "check-mano", "check-data"}
+COMMANDS = {"version", "reconstruct", "synth", "evaluate", "reproduce", "check-mano", "check-data", "bench"}
 
 
 def call(*arguments):
@@ -90,6 +90,13 @@ def test_reproduce_checks_before_it_runs(tmp_path):
     assert "steps" in fails("reproduce", "s2hand", "--profile", "smoke", "--set", "stepss=3", "--out", tmp_path / "run")
     assert "key=value" in fails("reproduce", "s2hand", "--set", "=3", "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_bench_data(tmp_path):
+    assert call("synth", "--n", 2, "--out", tmp_path / "a")[0] == 0
+    code, out, _ = call("bench", "data", "--root", tmp_path / "a")
+    assert code == 0 and "decode, one thread" in out and "pictures/s" in out
+    assert "bench expects data or render, found 'disk'" in fails("bench", "disk")
 
 
 def test_synth_writes_layouts_that_check_data_accepts(tmp_path):
