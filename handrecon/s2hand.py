@@ -10,9 +10,9 @@ __all__ = ['RECIPES', 'HELD_OUT_SEED', 'DATASETS', 'S2HandConfig', 'S2HandOutput
            'detection_box', 'joints_only', 'similarity_2d', 'Start', 'viewpoint_starts', 'start_from', 'pose_prior',
            'fit_to_detections']
 
-# %% ../nbs/20_s2hand.ipynb #1ab81c1b
+# %% ../nbs/20_s2hand.ipynb #bfc91918
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -39,7 +39,7 @@ from .rotation import axis_angle_to_matrix, matrix_to_axis_angle, matrix_to_rota
 from .synthetic import SyntheticConfig, make_batch
 from .training import ArrayBatches, TrainConfig, batch_seed, load_checkpoint, load_weights, map_tensors, save_checkpoint
 
-# %% ../nbs/20_s2hand.ipynb #d31e5886
+# %% ../nbs/20_s2hand.ipynb #fcf08e5b
 @dataclass(frozen=True)
 class S2HandConfig:
     "Symbols of S²HAND; defaults are the paper's (weights: §3.4 and the TPAMI text, §4.3)."
@@ -58,11 +58,13 @@ class S2HandConfig:
     n_pca: int = 30                    # θ
     texture: str = "vertex"            # C: a colour per "vertex" (CVPR paper) or per "face" (TPAMI)
     rotation: str = "axis-angle"       # how the network writes R: "axis-angle" (paper) or "6d", which has no jump at a half turn
+    photo_moves_hand: bool = True      # whether E_photo reaches geometry (paper), or teaches texture and light only
     variant: str = "paper"             # of the losses: "paper" or "public", the authors' code
     reference_size: int = 224          # pixel distances in the losses are measured on a picture of this side
     root_rotation: tuple[float, float, float] = (torch.pi, 0.0, 0.0)  # of the hand before R acts, axis-angle
     z_bias: float = 0.65               # z of an untrained network, metres
     scale_bias: float = 0.95           # s of an untrained network
+    head_gain: float = 1.0             # factor on the first weights of the heads' last layers: above 1, they begin to learn sooner
     canonical_focal: float = 0.0       # 0: T is the network's (paper); f > 0: bounded, for a centred camera of focal f·width: see place_translation
     bone_length: float = 0.0282        # E_s: length of the middle finger's proximal bone, metres; 0: the hand model's own
 
@@ -93,7 +95,7 @@ def place_translation(
     depth = z * K[:, [0, 1], [0, 1]].mean(1) / (focal * width)               # same f/z: same size
     return unproject(pixel[:, None], depth[:, None], K)[:, 0]
 
-# %% ../nbs/20_s2hand.ipynb #c01497a4
+# %% ../nbs/20_s2hand.ipynb #21310f18
 class S2Hand(nn.Module):
     "Encoder, hand model and renderer of S²HAND's 3D branch (§3.1–3.3)."
 
@@ -109,6 +111,9 @@ class S2Hand(nn.Module):
             config.backbone, config.weights or None, n_pose=hand.n_pose, n_shape=hand.n_shape,
             n_texture=hand.n_faces if config.texture == "face" else hand.n_vertices, image_size=config.image_size,
             z_bias=config.z_bias, scale_bias=config.scale_bias, rotation=config.rotation)
+        heads = self.encoder.geometry
+        with torch.no_grad():
+            for head in (heads.pose, heads.shape, heads.scale, heads.rotation, heads.translation): head[-1].weight.mul_(config.head_gain)
 
     def forward(
         self,
@@ -137,7 +142,8 @@ class S2Hand(nn.Module):
         mesh = transform_mesh(rest, code.scale[:, 0].abs(), R, T)
         image = silhouette = None
         if appearance is not None:
-            drawn = render(mesh.vertices, self.hand.faces, K, tuple(image_size), appearance.texture, light_from_vector(appearance.light))
+            vertices = mesh.vertices if self.config.photo_moves_hand else mesh.vertices.detach()
+            drawn = render(vertices, self.hand.faces, K, tuple(image_size), appearance.texture, light_from_vector(appearance.light))
             image, silhouette = drawn.image, drawn.silhouette
         return S2HandOutput(mesh, project(mesh.joints, K), self.hand.full_pose(code.pose), R @ axis_angle_to_matrix(root), code, appearance, image, silhouette)
 
@@ -254,14 +260,16 @@ class Recipe:
     shift: float = 0.0
     photo: float = 1.0               # share of each batch that is rendered, for E_photo and E_C; 0: none
 
-# %% ../nbs/20_s2hand.ipynb #b3e20e73
-_SMALL = S2HandConfig(backbone="small", image_size=64, rotation="6d", canonical_focal=2.14, z_bias=0.45, bone_length=0.0)
+# %% ../nbs/20_s2hand.ipynb #680789c2
+_EDGE_ON = (torch.pi / 2**0.5, torch.pi / 2**0.5, 0.0)   # fingers up, thumb towards us: palm and back are equally far away
+_SMALL = S2HandConfig(backbone="small", image_size=64, rotation="6d", canonical_focal=2.14, z_bias=0.45, bone_length=0.0,
+                      root_rotation=_EDGE_ON, head_gain=30.0, photo_moves_hand=False)
 _FAST = TrainConfig(batch_size=64, lr=1e-3, schedule="cosine", warmup=50, clip=1.0, ema=0.99)
 _UPRIGHT = SyntheticConfig(view_spread=0.1, fill=(0.7, 0.9), occluder=0.0, distractor=0.0, blur=0.1, sensor_noise=0.02, sleeve=0.2)
 _DAILY = SyntheticConfig(view_spread=0.3, fill=(0.65, 0.9), occluder=0.1, distractor=0.0, blur=0.2)
 RECIPES = {
     "smoke": Recipe(_SMALL, replace(_FAST, steps=20, batch_size=16, warmup=5, ema=0.9, save_every=5), n_train=96, n_eval=48, pictures=_UPRIGHT, turn=0.2, photo=0.25),
-    "quick": Recipe(_SMALL, replace(_FAST, steps=3500), n_train=12000, pictures=_UPRIGHT, turn=0.2, photo=0.25),
+    "quick": Recipe(_SMALL, replace(_FAST, steps=3000), n_train=12000, pictures=_UPRIGHT, turn=0.2, photo=0.25),
     "cpu": Recipe(_SMALL, replace(_FAST, steps=60000, ema=0.999), n_train=30000, n_eval=2000, pictures=_DAILY, turn=0.3, zoom=0.1, shift=0.03, photo=0.125),
     "gpu": Recipe(replace(_SMALL, backbone="efficientnet-b0", image_size=128), replace(_FAST, steps=20000, ema=0.999), n_eval=2000),
     "paper": Recipe(S2HandConfig(weights="imagenet"), TrainConfig(steps=90 * 32560 // 64), n_eval=3960),
@@ -418,12 +426,15 @@ def save(path: str | Path, model: S2Hand, meta: dict | None = None, dtype: torch
     "Write a network with all that `load` needs."
     save_checkpoint(path, model, {"system": "s2hand", "config": asdict(model.config), **(meta or {})}, dtype)
 
-# %% ../nbs/20_s2hand.ipynb #037233a6
+# %% ../nbs/20_s2hand.ipynb #9f4bde71
 def load(source: str | Path = "s2hand", hand: HandModel | None = None) -> S2Hand:
     "A trained network: \"s2hand\" is the one that travels with the package, else a checkpoint file. On the proxy hand unless `hand` is given."
     path = Path(str(files("handrecon"))) / "assets/s2hand.safetensors" if str(source) == "s2hand" else Path(source)
     weights, meta = load_checkpoint(path, "s2hand")
-    config = S2HandConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in meta["config"].items()})
+    written = meta.get("config", {})
+    if unknown := set(written) ^ {f.name for f in fields(S2HandConfig)}:
+        raise ValueError(f"checkpoint {path}: written by another version; its configuration differs in {', '.join(sorted(unknown))}")
+    config = S2HandConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in written.items()})
     model = S2Hand(replace(config, weights=""), hand or proxy_hand(n_pca=config.n_pca, flat_hand_mean=False))
     load_weights(model, weights, path)
     return model.eval()

@@ -22,7 +22,7 @@ from handrecon.s2hand import (
 from handrecon.synthetic import SyntheticConfig, make_batch, write_freihand
 from handrecon.training import TrainConfig, fit
 
-SMALL = S2HandConfig(backbone="small", image_size=64, rotation="6d", canonical_focal=2.14, z_bias=0.45, bone_length=0.0)
+SMALL = S2HandConfig(backbone="small", image_size=64, rotation="6d", canonical_focal=2.14, z_bias=0.45, bone_length=0.0, head_gain=30.0)
 TINY = replace(RECIPES["smoke"], train=TrainConfig(steps=3, batch_size=4), photo=0.5)
 
 
