@@ -7,7 +7,7 @@ __all__ = ['PAPER_AUGMENTATION', 'STRONG_AUGMENTATION', 'AROUND', 'Crop', 'crop_
            'colour_table', 'HandBatch', 'Crops', 'as_is', 'make_loader', 'Chosen', 'with_joints', 'PackedPictures',
            'pack', 'bench_data']
 
-# %% ../nbs/14c_feeding.ipynb #fdd361c8
+# %% ../nbs/14c_feeding.ipynb #ac24629b
 import hashlib
 import json
 import os
@@ -30,7 +30,8 @@ from tqdm import tqdm
 
 from .camera import square_box
 from .conventions import Observation
-from .datasets import DataError, FreiHAND, HandData, HandSample, decode, read_rgb
+from .datasets import FreiHAND, HandData, HandSample
+from .formats import DataError, decode, read_rgb
 from .keypoints import write_text_atomically
 
 # %% ../nbs/14c_feeding.ipynb #955db758

@@ -8,7 +8,7 @@ __all__ = ['LAYOUTS', 'HO3D_CAMERA', 'STB_BACKGROUND', 'STB_VIEWS', 'STB_SK', 'R
            'depth_picture', 'old_pickle', 'decimals', 'Block', 'Layout', 'hand_of', 'write_layout', 'opengl_parameters',
            'stereo_backdrop', 'part_labels', 'pair_of_hands', 'image_aligned']
 
-# %% ../nbs/14b_layouts.ipynb #4d4f5ee9
+# %% ../nbs/14b_layouts.ipynb #3a6d05ed
 import errno
 import json
 import os
@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 from .camera import project
 from .conventions import MANO_JOINT_NAMES, convert_joints
-from .datasets import (HO3D_DEPTH_SCALE, RHD_DEPTH_SCALE, RHD_MASK, STB_BASELINE, STB_K, STB_SPLITS, mat_bytes,
-                                stb_depth_pose)
+from .datasets import HO3D_DEPTH_SCALE, RHD_DEPTH_SCALE, RHD_MASK, STB_BASELINE, STB_K, STB_SPLITS, stb_depth_pose
+from .formats import mat_bytes
 from .keypoints import Detections, shortest_decimals, simulate_detections, write_s2hand_detections, write_text_atomically
 from .mano import HandMesh, HandModel
 from .proxy_hand import proxy_hand, sample_poses, sample_shapes
@@ -163,12 +163,12 @@ def write_bytes(path: Path, data: bytes) -> None:
     finally:
         temporary.unlink(missing_ok=True)
 
-# %% ../nbs/14b_layouts.ipynb #a11bcd8e
+# %% ../nbs/14b_layouts.ipynb #92b5931e
 def depth_picture(
     depth: Float[np.ndarray, "H W"],        # in the data set's unit, below 65,536
     low_first: bool = True,                 # R + 256 G, else 256 R + G
 ) -> UInt8[np.ndarray, "H W 3"]:
-    "The inverse of `datasets.two_byte_depth`."
+    "The inverse of `formats.two_byte_depth`."
     whole = np.clip(np.round(depth), 0, 65535).astype(np.uint16)
     low, high = (whole & 255).astype(np.uint8), (whole >> 8).astype(np.uint8)
     return np.stack([low, high, 0 * low] if low_first else [high, low, 0 * low], -1)

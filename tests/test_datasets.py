@@ -16,12 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mano_fixtures import Python2Pickler, fresh, py2_array
 
-from handrecon import datasets
+from handrecon import datasets, formats
 from handrecon.camera import project
 from handrecon.conventions import OPENGL_TO_OPENCV, STB_TO_FREIHAND
-from handrecon.datasets import (DATASETS, FREIHAND_VERSIONS, HO3D, RHD, STB, DataError, FreiHAND, InterHand, OwnPictures, YouTube3D, check_data, decode,
-                                indexed, mano_mesh, mat_bytes, open_data, palm_to_wrist, read_annotations, read_ho3d_meta, read_json, read_mat, read_rgb,
-                                stb_depth_pose, suspicions, two_byte_depth)
+from handrecon.datasets import (DATASETS, FREIHAND_VERSIONS, HO3D, RHD, STB, FreiHAND, InterHand, OwnPictures, YouTube3D, check_data, mano_mesh, open_data,
+                                palm_to_wrist, read_ho3d_meta, stb_depth_pose, suspicions)
+from handrecon.formats import DataError, decode, indexed, mat_bytes, read_annotations, read_json, read_mat, read_rgb, two_byte_depth
 from handrecon.keypoints import Detections, write_s2hand_detections
 from handrecon.layouts import hand_of, old_pickle, write_layout
 from handrecon.proxy_hand import proxy_hand
@@ -668,7 +668,7 @@ def test_json_hook_errors_name_the_file(tmp_path):
 @pytest.mark.parametrize("ending", [".png", ".jpg"])
 def test_a_header_that_promises_too_much(ending):
     data = bytearray(cv2.imencode(ending, np.zeros((40, 50, 3), np.uint8))[1].tobytes())
-    assert datasets._promised_pixels(bytes(data)) == 2000
+    assert formats._promised_pixels(bytes(data)) == 2000
     at = 16 if ending == ".png" else data.index(b"\xff\xc0") + 5
     data[at:at + 2] = b"\x7f\xff" if ending == ".jpg" else b"\x00\x01"
     data[at + 2:at + 4] = b"\x7f\xff" if ending == ".jpg" else b"\x00\x00"

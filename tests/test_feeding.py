@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from handrecon import feeding
 from handrecon.camera import project
-from handrecon.datasets import HO3D, RHD, STB, DataError, FreiHAND, YouTube3D
+from handrecon.datasets import HO3D, RHD, STB, FreiHAND, YouTube3D
 from handrecon.feeding import (PAPER_AUGMENTATION, STRONG_AUGMENTATION, Augmentation, Chosen, Crops, PackedPictures, bench_data, colour_table, crop_camera,
                                draws, make_loader, pack, warp, with_joints)
+from handrecon.formats import DataError
 from handrecon.layouts import hand_of, write_layout
 from handrecon.mano import mirror_params
 from handrecon.synthetic import SyntheticConfig, write_freihand

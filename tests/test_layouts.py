@@ -204,7 +204,7 @@ def test_pictures_and_their_skeletons_agree(made):
 
 @pytest.mark.parametrize("low_first", [True, False])
 def test_two_byte_depth_picture(low_first):
-    from handrecon.datasets import two_byte_depth
+    from handrecon.formats import two_byte_depth
     depth = np.arange(65536, dtype=np.float32).reshape(256, 256)
     assert np.array_equal(two_byte_depth(depth_picture(depth, low_first), low_first), depth)
 
