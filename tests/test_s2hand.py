@@ -223,9 +223,9 @@ def test_bad_checkpoints_are_one_sentence(tmp_path, model):
 
 def test_shipped_checkpoint():
     network = load("s2hand")
-    seen, known = make_batch(200, seed=77, config=SyntheticConfig(image_size=network.config.image_size))
+    seen, known = make_batch(200, seed=77, config=replace(RECIPES["cpu"].pictures, image_size=network.config.image_size))
     ours, lazy = score(predict(network, seen), known), score(predict_mean_pose(proxy_hand(), known, seen), known)
-    assert ours["PA-MPJPE"] < lazy["PA-MPJPE"] and ours["2D"] < 0.6 * lazy["2D"]
+    assert ours["PA-MPJPE"] < 0.85 * lazy["PA-MPJPE"] and ours["2D"] < 0.5 * lazy["2D"]
 
 
 def test_report_grid(model, batch):
