@@ -260,7 +260,7 @@ class Recipe:
     shift: float = 0.0
     photo: float = 1.0               # share of each batch that is rendered, for E_photo and E_C; 0: none
 
-# %% ../nbs/20_s2hand.ipynb #680789c2
+# %% ../nbs/20_s2hand.ipynb #196c6093
 _EDGE_ON = (torch.pi / 2**0.5, torch.pi / 2**0.5, 0.0)   # fingers up, thumb towards us: palm and back are equally far away
 _SMALL = S2HandConfig(backbone="small", image_size=64, rotation="6d", canonical_focal=2.14, z_bias=0.45, bone_length=0.0,
                       root_rotation=_EDGE_ON, head_gain=30.0, photo_moves_hand=False)
@@ -269,7 +269,7 @@ _UPRIGHT = SyntheticConfig(view_spread=0.1, fill=(0.7, 0.9), occluder=0.0, distr
 _DAILY = SyntheticConfig(view_spread=0.3, fill=(0.65, 0.9), occluder=0.1, distractor=0.0, blur=0.2)
 RECIPES = {
     "smoke": Recipe(_SMALL, replace(_FAST, steps=20, batch_size=16, warmup=5, ema=0.9, save_every=5), n_train=96, n_eval=48, pictures=_UPRIGHT, turn=0.2, photo=0.25),
-    "quick": Recipe(_SMALL, replace(_FAST, steps=3000), n_train=12000, pictures=_UPRIGHT, turn=0.2, photo=0.25),
+    "quick": Recipe(_SMALL, replace(_FAST, steps=2500), n_train=12000, pictures=_UPRIGHT, turn=0.2, photo=0.25),
     "cpu": Recipe(_SMALL, replace(_FAST, steps=60000, ema=0.999), n_train=30000, n_eval=2000, pictures=_DAILY, turn=0.3, zoom=0.1, shift=0.03, photo=0.125),
     "gpu": Recipe(replace(_SMALL, backbone="efficientnet-b0", image_size=128), replace(_FAST, steps=20000, ema=0.999), n_eval=2000),
     "paper": Recipe(S2HandConfig(weights="imagenet"), TrainConfig(steps=90 * 32560 // 64), n_eval=3960),
