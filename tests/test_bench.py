@@ -1,4 +1,12 @@
 """The benchmark's rows are complete and its scene is what it says."""
+import json
+import math
+import time
+
+import pytest
+import torch
+
+from handrecon import bench
 from handrecon.bench import bench_render, median_ms, render_scene
 from handrecon.raster import rasterize
 
@@ -14,3 +22,63 @@ def test_scene_and_timer():
     assert 0.25 < (rasterize(vertices, faces, K, (48, 48)).face_index >= 0).float().mean() < 0.5
     calls = []
     assert median_ms(lambda: calls.append(0), 0.0) >= 0 and len(calls) == 6
+
+
+def test_taking_turns():
+    order = []
+    times = bench.alternate({"a": lambda: (order.append("a"), time.sleep(0.004)), "b": lambda: order.append("b")}, 0.0, 3)
+    assert order == ["a", "b"] * 4 and times["a"] >= 4 > times["b"] >= 0
+
+
+@pytest.mark.parametrize("peers", [False, True])
+def test_hand_layers_compute_the_same(peers):
+    inputs = [s * torch.randn(3, n, generator=torch.Generator().manual_seed(0)) for s, n in ((0.4, 45), (1, 10), (1, 3))]
+    layers = bench.hand_layers(3, peers)
+    wanted = layers.pop("handrecon, plain torch")(*inputs)[0]
+    for name, layer in layers.items():
+        vertices = layer(*inputs)[0] / (1000 if name == "manopth" else 1)      # millimetres
+        assert (vertices - wanted).abs().max() < 5e-6, name
+    rows = bench.bench_mano((2,), peers, 0.0)
+    assert {r["name"] for r in rows} == {*layers, "handrecon, plain torch"}
+    assert all((r["ratio"] is None) == (len(layers) == 1) and r["forward_ms"] > 0 for r in rows)
+
+
+def test_growth_and_finer_faces():
+    vertices, faces, *_ = render_scene(32, 2)
+    finer, more = bench.split_faces(vertices, faces)
+    edges = vertices.shape[1] + len(faces) - 1                                  # Euler: a hand cut off at the wrist is a disc
+    assert len(more) == 4 * len(faces) and finer.shape[1] == vertices.shape[1] + edges
+    area = lambda v, f: torch.linalg.cross(v[0, f[:, 1]] - v[0, f[:, 0]], v[0, f[:, 2]] - v[0, f[:, 0]]).norm(dim=1).sum()
+    assert torch.isclose(area(finer, more), area(vertices, faces), rtol=1e-4)
+    rows = bench.bench_growth((32,), (0, 1), (1, 2), 0.0)
+    assert [(r["vary"], r["value"]) for r in rows] == [("pixels a side", 32), ("faces", 1538), ("faces", 6152), ("hands", 1), ("hands", 2)]
+
+
+def test_step_shares(monkeypatch):
+    monkeypatch.setitem(bench.STEPS, "tiny", (bench.STEPS["small network, 64²"][0], 2))
+    rows = bench.bench_step(("tiny",), 1)
+    assert [r["part"] for r in rows] == ["data", "network", "hand", "render", "losses", "optimiser"]
+    assert math.isclose(sum(r["share"] for r in rows), 1) and all(r["ms"] > 0 for r in rows)
+
+
+def test_infer_rows():
+    rows = bench.bench_infer(bench.S2HandConfig(backbone="small", image_size=64), budget=0.0)
+    assert rows[0]["name"] == "PyTorch" and all(r["ms"] > 0 and r["difference"] <= 1e-4 for r in rows)
+
+
+def test_record_and_page(tmp_path):
+    machine = bench.machine()
+    part = lambda ms: {"date": "2026-01-01", "command": "handrecon bench infer", "machine": machine, "rows": [dict(name="PyTorch", size=64, ms=ms, difference=0.0)]}
+    bench.write_record(tmp_path / "r.json", {"infer": part(1.0)})
+    render = {**part(0), "command": "handrecon bench render", "rows": bench_render((32,), (1,), budget=0.0) + bench.bench_growth((32,), (0,), (1,), 0.0)}
+    record = bench.write_record(tmp_path / "r.json", {"render": render})
+    assert list(record) == ["render", "infer"] and json.loads((tmp_path / "r.json").read_text()) == record
+    assert bench.write_record(tmp_path / "r.json", {"infer": part(2.0)})["infer"]["rows"][0]["ms"] == 2.0
+    bench.write_page(record, tmp_path / "page.md")
+    text = (tmp_path / "page.md").read_text()
+    assert "`handrecon bench render` on 2026-01-01" in text and "| PyTorch | 64² | 1 | 0e+00 |" in text and (tmp_path / "performance.png").stat().st_size > 5000
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["page.md", "performance.png", "r.json"]
+    for content in ("no json", "[1]", '{"cats": {}}'):
+        (tmp_path / "bad.json").write_text(content)
+        with pytest.raises(ValueError, match="bad.json: expected a record"): bench.write_record(tmp_path / "bad.json", {})
+    with pytest.raises(ValueError, match="bench expects mano"): bench.bench("cats")

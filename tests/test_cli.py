@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from handrecon import __version__, cli
 
-COMMANDS = {"version", "reconstruct", "synth", "evaluate", "reproduce", "check-mano", "check-data", "bench"}
+COMMANDS = {"version", "reconstruct", "synth", "evaluate", "reproduce", "check-mano", "check-data", "bench", "export"}
 
 
 def call(*arguments):
@@ -95,8 +95,16 @@ def test_reproduce_checks_before_it_runs(tmp_path):
 def test_bench_data(tmp_path):
     assert call("synth", "--n", 2, "--out", tmp_path / "a")[0] == 0
     code, out, _ = call("bench", "data", "--root", tmp_path / "a")
-    assert code == 0 and "decode, one thread" in out and "pictures/s" in out
-    assert "bench expects data or render, found 'disk'" in fails("bench", "disk")
+    assert code == 0 and "decode, one thread" in out and "pictures a second" in out
+    assert "bench expects mano, render, data, step or infer, found 'disk'" in fails("bench", "disk")
+    assert "--page needs --json" in fails("bench", "mano", "--page", tmp_path / "p.md")
+
+
+def test_export(tmp_path, monkeypatch):
+    assert "--format expects onnx, found 'tflite'" in fails("export", "--out", tmp_path / "x", "--format", "tflite")
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    assert "pip install 'handrecon[export]'" in fails("export", "--out", tmp_path / "x")
+    assert not list(tmp_path.iterdir())
 
 
 def test_synth_writes_layouts_that_check_data_accepts(tmp_path):
@@ -162,7 +170,8 @@ def test_a_stopped_command_leaves_nothing(tmp_path, photo, number, code):
               "def slow(*a): print('writing', flush=True); time.sleep(60)\n"
               f"r.write_glb = slow; sys.argv = ['handrecon', 'reconstruct', r'{photo}', '--detections', r'{tmp_path}/det', '--out', r'{tmp_path}/out']\n"
               "cli.main()")
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    heard = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)   # a background job is started deaf to Ctrl-C
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard) as process:
         assert process.stdout.readline() == "writing\n"
         assert any(name.startswith(".unfinished-") for name in os.listdir(tmp_path / "out"))
         time.sleep(0.2)
