@@ -65,23 +65,23 @@ def trig_ratios(x):
     b = (1 - c) / x
     return c, a, b, (c - a) / (2 * x), (a - 2 * b) / (2 * x)
 
-# %% ../nbs/02c_fast_hand.ipynb #23d63171
+# %% ../nbs/02c_fast_hand.ipynb #928028c2
 @vectorized
 def rodrigues(v, R):
     "Rotation matrix (row by row, 9 numbers) of an axis-angle vector."
-    x, y, z = float(v[0]), float(v[1]), float(v[2])
+    x, y, z = np.float64(v[0]), np.float64(v[1]), np.float64(v[2])     # Numba's float() would stay in single precision
     c, a, b, _, _ = trig_ratios(x * x + y * y + z * z)
     R[0] = c + b * x * x; R[1] = b * x * y - a * z; R[2] = b * x * z + a * y
     R[3] = b * x * y + a * z; R[4] = c + b * y * y; R[5] = b * y * z - a * x
     R[6] = b * x * z - a * y; R[7] = b * y * z + a * x; R[8] = c + b * z * z
 
-# %% ../nbs/02c_fast_hand.ipynb #f25740d6
+# %% ../nbs/02c_fast_hand.ipynb #466b54cb
 @vectorized
 def rodrigues_backward(v, G, out):
     "dL/dv from G = dL/dR."
-    x, y, z = float(v[0]), float(v[1]), float(v[2])
+    x, y, z = np.float64(v[0]), np.float64(v[1]), np.float64(v[2])
     _, a, b, da, db = trig_ratios(x * x + y * y + z * z)
-    w0, w1, w2 = float(G[7] - G[5]), float(G[2] - G[6]), float(G[3] - G[1])
+    w0, w1, w2 = np.float64(G[7]) - G[5], np.float64(G[2]) - G[6], np.float64(G[3]) - G[1]
     u0 = 2 * G[0] * x + (G[1] + G[3]) * y + (G[2] + G[6]) * z     # u = (G + Gᵀ) v
     u1 = (G[1] + G[3]) * x + 2 * G[4] * y + (G[5] + G[7]) * z
     u2 = (G[2] + G[6]) * x + (G[5] + G[7]) * y + 2 * G[8] * z
