@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'PARTS', 'median_ms', 'alternate', 'importable', 'hand_layers', 'bench_mano', 'render_scene', 'render_tasks',
-           'bench_render', 'split_faces', 'bench_growth', 'step_parts', 'bench_step', 'bench_infer', 'machine', 'bench',
-           'write_record', 'table', 'write_page']
+           'bench_render', 'split_faces', 'bench_growth', 'step_parts', 'bench_step', 'bench_infer', 'version',
+           'machine', 'bench', 'write_record', 'table', 'write_page']
 
-# %% ../nbs/32_bench.ipynb #3e55f2bc
+# %% ../nbs/32_bench.ipynb #8d316992
 import datetime
 import importlib
 import json
@@ -17,6 +17,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import numba
@@ -332,13 +333,20 @@ def bench_infer(
         calls["ONNX Runtime"] = lambda: runner(*arrays)
     return [dict(name=name, size=config.image_size, ms=ms, difference=differences[name]) for name, ms in alternate(calls, budget).items()]
 
-# %% ../nbs/32_bench.ipynb #d8f29c32
+# %% ../nbs/32_bench.ipynb #702f2d83
+def version(package: str) -> str:
+    "Of an installed package; one that is only on the path has none."
+    try: return metadata.version(package)
+    except metadata.PackageNotFoundError: return "from source"
+
+# %% ../nbs/32_bench.ipynb #b2d163ec
 def machine() -> dict:
     "What the numbers depend on besides the code."
     name = platform.processor() or platform.machine()
     try: name = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
     except (OSError, StopIteration): pass
-    versions = {m: importlib.import_module(m).__version__ for m in ("pytorch3d", "onnxruntime") if importable(m)} | {"smplx": "installed" for _ in (1,) if importable("smplx")}
+    probes = {"pytorch3d": "pytorch3d._C", "onnxruntime": "onnxruntime", "smplx": "smplx", "manopth": "manopth"}
+    versions = {m: version(m) for m, probe in probes.items() if importable(probe)}
     return {
         "processor": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "load": [round(x, 1) for x in os.getloadavg()] if hasattr(os, "getloadavg") else None,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
