@@ -407,7 +407,7 @@ def table(rows: list[dict]) -> list[str]:
     cells = [[_COLUMNS[k][0] for k in keys], ["---"] * len(keys), *([_COLUMNS[k][1](row[k]) for k in keys] for row in rows)]
     return ["| " + " | ".join(line) + " |" for line in cells]
 
-# %% ../nbs/32_bench.ipynb #81e14b22
+# %% ../nbs/32_bench.ipynb #03a09237
 def _plot(record: dict[str, dict], folder: Path) -> list[str]:
     "Draw how cost grows; names of the files."
     from matplotlib.figure import Figure     # no window, no global state
@@ -426,7 +426,9 @@ def _plot(record: dict[str, dict], folder: Path) -> list[str]:
     figure = Figure(figsize=(3.2 * across, 2.8 * down), dpi=80)
     for i, (title, lines) in enumerate(panels):
         ax = figure.add_subplot(down, across, i + 1)
-        for label, points in lines: ax.loglog(*zip(*points), "o-", ms=3, label=label)
+        for label, points in lines: ax.plot(*zip(*points), "o-", ms=3, label=label)
+        ax.set_xscale("log")
+        ax.set_yscale("log") if len(lines) > 1 else ax.set_ylim(0)
         ticks = sorted({x for _, points in lines for x, _ in points})
         ax.set_title(title, size=9)
         ax.set_xticks(ticks, [str(t) for t in ticks], size=7)
@@ -438,7 +440,7 @@ def _plot(record: dict[str, dict], folder: Path) -> list[str]:
     figure.savefig(folder / "performance.png")
     return ["performance.png"]
 
-# %% ../nbs/32_bench.ipynb #13ab6b54
+# %% ../nbs/32_bench.ipynb #4cbcdca0
 _TITLES = {
     "mano": ("The hand layer", "45 angles, ten shape numbers and a rotation to 778 vertices and 21 joints, float32. The last column compares forward plus backward."),
     "render": ("The renderer", "1,538 faces that cover about a third of the picture; `render` is rasterisation, interpolation, light and anti-aliasing with gradients to vertices, colours and light."),
@@ -462,6 +464,8 @@ def write_page(
         load = "" if not host["load"] else f", load {host['load'][0]} as it began"
         lines += [f"## {_TITLES[part][0]}", "", _TITLES[part][1], "", f"`{found['command']}` on {found['date']}: {host['processor']}, {host['cores']} cores, {host['threads']} threads{load}; "
                   + ", ".join(f"{k} {host[k]}" for k in host if k not in ("processor", "cores", "threads", "load", "gpu")) + (f"; {host['gpu']}" if host["gpu"] else "") + ".", ""]
+        if "ratio" in found["rows"][0] and all(row.get("ratio") is None for row in found["rows"]):
+            lines += ["No other library that does this was installed.", ""]
         for keys in dict.fromkeys(tuple(row) for row in found["rows"]):
             lines += [*table([row for row in found["rows"] if tuple(row) == keys]), ""]
     write_text_atomically(path, "\n".join(lines))
