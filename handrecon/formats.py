@@ -11,7 +11,6 @@ __all__ = ['LARGEST_PICTURE', 'DataError', 'read_bytes', 'decode', 'read_rgb', '
 import hashlib
 import json
 import os
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ import cv2
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from .mano_files import ManoFileError, _array, _DataUnpickler, _Record
+from .mano_files import ManoFileError, _array, _cache_folder, _DataUnpickler, _keep, _Record
 from .metrics import _hands, _JsonReader
 
 # %% ../nbs/13b_formats.ipynb #fd090ad6
@@ -264,26 +263,12 @@ def indexed(
     "What `build` returns, remembered until one of the files changes."
     if cache is False:
         return build()
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "handrecon"
-    path = (home if cache is True else Path(cache)) / f"{name}-{_fingerprint(name, files)}.npz"
+    path = (_cache_folder() if cache is True else Path(cache)) / f"{name}-{_fingerprint(name, files)}.npz"
     try:
         with np.load(path, allow_pickle=False) as stored:
             return dict(stored)
     except (OSError, ValueError, zipfile.BadZipFile, EOFError, KeyError):
         pass
     arrays = build()
-    _store(path, arrays)
+    _keep(path, lambda file: np.savez(file, **arrays))
     return arrays
-
-# %% ../nbs/13b_formats.ipynb #fc32e49c
-def _store(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    "Best effort: a full disk or a read-only home is no error."
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-            temporary = file.name
-            np.savez(file, **arrays)
-        os.replace(temporary, path)
-    except OSError:
-        if temporary: Path(temporary).unlink(missing_ok=True)

@@ -12,6 +12,7 @@ import os
 import pickle
 import tempfile
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from io import BytesIO
 from math import prod
@@ -294,18 +295,22 @@ def _cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "handrecon"
 
 
-def _write_cache(path: Path, arrays: dict, kind: str):
-    "Best effort: a full disk or a read-only home is no error."
+def _keep(path: Path, write: Callable):
+    "Let `write(file)` fill a file of the cache. Best effort: a full disk or a read-only home is no error."
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
             temporary = file.name
-            file.write(save_safetensors(     # it writes memory as it lies: contiguous arrays only
-                {k: np.ascontiguousarray(v) for k, v in arrays.items()}, {"kind": kind}))
+            write(file)
         os.replace(temporary, path)
     except OSError:
         if temporary: Path(temporary).unlink(missing_ok=True)
+
+
+def _write_cache(path: Path, arrays: dict, kind: str):
+    whole = {k: np.ascontiguousarray(v) for k, v in arrays.items()}      # safetensors writes memory as it lies
+    _keep(path, lambda file: file.write(save_safetensors(whole, {"kind": kind})))
 
 
 def _read_cache(path: Path) -> tuple[dict, str] | None:
