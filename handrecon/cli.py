@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'LAYOUTS', 'guarded', 'version', 'reconstruct', 'synth', 'check_mano', 'check_data', 'bench', 'export',
-           'evaluate', 'reproduce', 'main']
+           'evaluate', 'reproduce', 'claims', 'main']
 
 # %% ../nbs/31_cli.ipynb #6445321e
 import functools
@@ -246,6 +246,29 @@ def reproduce(
     from handrecon.runs import reproduce as run
     run(system, profile, dataset, data_root, overrides, out, seed, resume)
     typer.echo(f"Report: {(out or Path('runs') / f'{system}-{profile}') / 'report.html'}")
+
+# %% ../nbs/31_cli.ipynb #5aff71d0
+@app.command()
+@guarded
+def claims(
+    run: Annotated[str | None, typer.Option("--run", metavar="ROW", help="Run what is missing of this row, or of all; may be stopped and started again.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="With --run: so many seeds instead of the row's number.")] = None,
+    device_profile: Annotated[bool, typer.Option("--device-profile", help="With --run: at the row's profile for a GPU.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the rows for programs.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Change nothing; fail if the page is stale.")] = False,
+    handbook: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder with claims.md and results/; default: handbook/ of the checkout.")] = None,
+) -> None:
+    """What the papers claim, beside what came out here: handbook/claims.md.
+
+    Writes the page anew from the records in results/. A record that its command would not make today is refused: exit code 2."""
+    from handrecon.claims import all_claims, find_claims, handbook_folder, run_claims, update
+    handbook, known, failures = handbook or handbook_folder(), all_claims(), []
+    if run is not None:
+        failures = run_claims(find_claims(run, known), handbook, seeds, device_profile, lambda line: typer.echo(line, err=json))
+    rows = update(handbook, known, check)
+    typer.echo(dumps(rows, indent=1) if json else "\n".join(f"{row['id']:28} {row['verdict']:15} {row['because']}" for row in rows))
+    if problems := failures + [sentence for row in rows for sentence in row["refused"]]:
+        raise _end("\n".join(f"handrecon: {problem}" for problem in problems), 2)
 
 # %% ../nbs/31_cli.ipynb #8e52e2b1
 def main() -> None:
