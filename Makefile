@@ -1,6 +1,7 @@
 # make reproduce   set up, then train and evaluate S²HAND on synthetic hands (under 15 minutes on 2 cores)
 # make test        set up, then every test
 # make lab         set up, then JupyterLab on the lessons
+# make handbook    set up, then the book: handbook/_build/html/index.html
 # make env         the set-up alone
 PYTHON ?= python3
 VENV   := .venv
@@ -10,7 +11,7 @@ OUT    ?= runs/s2hand-quick
 # Idle OpenMP threads sleep instead of spinning: on busy cores that is several times faster, on idle ones no slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help env system-libraries reproduce test lab clean
+.PHONY: help env system-libraries reproduce test lab handbook clean
 help:
 	@sed -n 's/^# //p' Makefile
 
@@ -39,5 +40,10 @@ test: $(READY)
 lab: $(READY)
 	$(BIN)/jupyter lab --notebook-dir nbs
 
+handbook: $(READY)
+	$(BIN)/python handbook/stage.py
+	$(BIN)/python -m sphinx -q -W --keep-going -c handbook handbook/_build/source handbook/_build/html
+	@echo "the book: handbook/_build/html/index.html"
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist *.egg-info handbook/_build

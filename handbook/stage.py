@@ -1,0 +1,66 @@
+"""Lays out the book's source in _build/source: pages, notebooks as prose with code, and everything that is generated."""
+import html
+import json
+import re
+import shutil
+from pathlib import Path
+
+import equations
+import nbformat
+import reference
+import tables
+
+ROOT = Path(__file__).parent.parent
+BOOK, SOURCE = ROOT / "handbook", ROOT / "handbook/_build/source"
+
+
+def caption(prose: str, heading: str) -> str:
+    "What a picture shows, for somebody who cannot see it: the words that lead up to it."
+    words = re.sub(r"<[^>]+>|\$\$?[^$]*\$\$?|[*_`#|]|\]\([^)]*\)|[\[\"\\]", "", prose.strip().split("\n\n")[-1])
+    return f"{heading}: {' '.join(words.split())[:200]}".rstrip(": ")
+
+
+def live(figure: dict, alt: str) -> str:
+    "A plotly figure as a place that figures.js fills."
+    data = json.dumps(figure, separators=(",", ":")).replace("</", "<\\/")
+    return f'<div class="plotly-figure" role="img" aria-label="{html.escape(alt)}"><p>{html.escape(alt)}</p><script type="application/json">{data}</script></div>'
+
+
+def prose_with_code(notebook, name: str):
+    "Without nbdev's own cells and marks; every picture says what it shows."
+    heading, prose, cells = "", "", []
+    notebook.metadata.language_info = {"name": "python", "pygments_lexer": "ipython3"}
+    for cell in notebook.cells:
+        if re.search(r"^#\|\s*(hide|default_exp)", cell.source, flags=re.M): continue
+        if cell.cell_type == "markdown":
+            prose = cell.source
+            heading = ([heading] + re.findall(r"^#+ (.*)", prose, flags=re.M))[-1]
+        else:
+            cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
+            alt = caption(prose, heading)
+            cell.metadata["mystnb"] = {"image": {"alt": alt}}
+            for output in cell.outputs:
+                if figure := output.get("data", {}).get("application/vnd.plotly.v1+json"):
+                    output["data"] = {"text/html": live(figure, alt)}
+        cells.append(cell)
+    cells[0].source += f"\n\n<div class=\"open-in-lab\">Open in JupyterLab: <code>make lab</code> in a clone, then <code>{name}</code>.</div>"
+    notebook.cells = cells
+    return notebook
+
+
+def stage() -> None:
+    shutil.rmtree(SOURCE, ignore_errors=True)
+    shutil.copytree(BOOK, SOURCE, ignore=shutil.ignore_patterns("_build", "__pycache__", "results", "static", "*.py", "*.json"))
+    for path in sorted((ROOT / "nbs").rglob("*.ipynb")):
+        if ".ipynb_checkpoints" in path.parts: continue
+        name = path.relative_to(ROOT / "nbs")
+        (SOURCE / "nbs" / name).parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(prose_with_code(nbformat.read(path, 4), str(name)), SOURCE / "nbs" / name)
+    written = reference.pages() | {"map.md": equations.page()} | tables.fragments()
+    for name, text in written.items():
+        (SOURCE / name).parent.mkdir(parents=True, exist_ok=True)
+        (SOURCE / name).write_text(text)
+
+
+if __name__ == "__main__":
+    stage()
