@@ -277,7 +277,13 @@ def at_profile(claim: Claim, profile: str) -> Claim:
     "The same claim with its commands at another profile."
     return replace(claim, runs=tuple(replace(run, profile=profile) for run in claim.runs))
 
-# %% ../nbs/34_claims.ipynb #3f94f85f
+# %% ../nbs/34_claims.ipynb #fbcf026e
+def _short(commit: str) -> str:
+    "Ten digits of a commit, and whether the code had been changed since."
+    name, plus, changes = commit.partition("+")
+    return name[:10] + plus + changes
+
+# %% ../nbs/34_claims.ipynb #80352e72
 def _judged(claim: Claim, results: Path) -> dict[str, Any]:
     "What the records of a claim say, at the profile of its runs."
     records, refused = read_records(claim, results)
@@ -292,7 +298,7 @@ def _judged(claim: Claim, results: Path) -> dict[str, Any]:
         "verdict": verdict.word, "because": verdict.because, "refused": refused, "records": len(every),
         "commands": [command(claim, run, 0) for run in claim.runs],
         "measured_seconds": round(statistics.fmean(record["seconds"] for record in every), 1) if every else None,
-        "devices": sorted({record["device"] for record in every}), "commits": sorted({(record["commit"] or record["version"])[:10] for record in every})}
+        "devices": sorted({record["device"] for record in every}), "commits": sorted({_short(record["commit"] or record["version"]) for record in every})}
 
 # %% ../nbs/34_claims.ipynb #61d40f3b
 def ledger_row(claim: Claim, results: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@
 __all__ = ['app', 'LAYOUTS', 'guarded', 'version', 'reconstruct', 'synth', 'check_mano', 'check_data', 'bench', 'export',
            'evaluate', 'reproduce', 'claims', 'main']
 
-# %% ../nbs/31_cli.ipynb #6445321e
+# %% ../nbs/31_cli.ipynb #e6a79bfe
 import functools
 import signal
 import sys
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.core import TyperCommand
 
 from . import __version__
 
@@ -226,18 +227,30 @@ def evaluate(
         write_text_atomically(json, dumps(scores, indent=1) + "\n")
     typer.echo(format_report(scores))
 
-# %% ../nbs/31_cli.ipynb #ddd27680
-@app.command()
+# %% ../nbs/31_cli.ipynb #69334148
+class _ListsSystems(TyperCommand):
+    "A command whose help ends with a line for each system."
+
+    def format_epilog(self, ctx, formatter) -> None:
+        from importlib import import_module
+
+        from handrecon.runs import SYSTEMS
+        modules = {name: import_module(f"handrecon.{name}") for name in SYSTEMS}
+        with formatter.section("Systems, their profiles, their data sets"):
+            formatter.write_dl([(name, f"{', '.join(module.RECIPES)}; on {', '.join(module.DATASETS)}") for name, module in modules.items()])
+
+# %% ../nbs/31_cli.ipynb #f28573f1
+@app.command(cls=_ListsSystems)
 @guarded
 def reproduce(
-    system: Annotated[str, typer.Argument(metavar="SYSTEM", help="s2hand")],
-    profile: Annotated[str, typer.Option(help="smoke, quick, cpu, gpu or paper.")] = "quick",
-    dataset: Annotated[str, typer.Option(help="synthetic, or a real data set.")] = "synthetic",
+    system: Annotated[str, typer.Argument(metavar="SYSTEM", help="One of those below.")],
+    profile: Annotated[str, typer.Option(help="smoke (does it run?), ledger (minutes, for the claims), quick, cpu, gpu or paper.")] = "quick",
+    dataset: Annotated[str, typer.Option(help="synthetic, or a real data set that the system knows.")] = "synthetic",
     data_root: Annotated[Path | None, typer.Option(metavar="DIR", help="Where a real data set lies.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; may be given many times.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same run.")] = 0,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for the results; default: runs/SYSTEM-PROFILE.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run of the same settings stopped.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run of the same settings stopped; leave a finished one as it is.")] = False,
 ) -> None:
     """Train and evaluate a paper's system.
 

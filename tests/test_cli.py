@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from handrecon import __version__, cli
 
-COMMANDS = {"version", "reconstruct", "synth", "evaluate", "reproduce", "check-mano", "check-data", "bench", "export"}
+COMMANDS = {"version", "reconstruct", "synth", "evaluate", "reproduce", "check-mano", "check-data", "bench", "export", "claims"}
 
 
 def call(*arguments):
@@ -90,6 +90,25 @@ def test_reproduce_checks_before_it_runs(tmp_path):
     assert "steps" in fails("reproduce", "s2hand", "--profile", "smoke", "--set", "stepss=3", "--out", tmp_path / "run")
     assert "key=value" in fails("reproduce", "s2hand", "--set", "=3", "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_reproduce_help_lists_systems_and_their_profiles():
+    from handrecon.runs import SYSTEMS
+    code, out, _ = call("reproduce", "--help")
+    assert code == 0
+    for system in SYSTEMS:
+        assert any(line.split()[0] == system and "smoke" in line and "ledger" in out for line in out.splitlines() if line.strip()), system
+
+
+def test_claims(tmp_path):
+    code, out, err = call("claims", "--handbook", tmp_path)
+    assert code == 0, err
+    assert call("claims", "--handbook", tmp_path, "--check")[0] == 0
+    rows = json.loads(call("claims", "--handbook", tmp_path, "--json")[1])
+    assert [row["id"] for row in rows] == [line.split()[0] for line in out.splitlines() if line] and all(row["verdict"] == "not run" for row in rows)
+    assert "no claim is called 'tabel-2'" in fails("claims", "--run", "tabel-2", "--handbook", tmp_path)
+    (tmp_path / "claims.md").write_text("edited by hand")
+    assert "stale" in fails("claims", "--handbook", tmp_path, "--check")
 
 
 def test_bench_data(tmp_path):

@@ -154,6 +154,41 @@ def test_killed_run_resumes_to_the_same_numbers(smoke, tmp_path):
         assert record["metrics"][who]["PA-MPJPE"] == pytest.approx(smoke[1]["metrics"][who]["PA-MPJPE"], rel=1e-3)
 
 
+def test_finished_run_is_left_alone_until_something_changes(smoke, tmp_path, monkeypatch):
+    out, record = smoke
+    executed = []
+    monkeypatch.setattr(runs, "_execute", lambda *a: executed.append(a))
+    again = lambda: reproduce("s2hand", "smoke", out=out, seed=3, resume=True)
+    before = {path: path.stat().st_mtime_ns for path in runs.results(out)}
+    assert again() == record and not executed
+    assert before == {path: path.stat().st_mtime_ns for path in runs.results(out)}
+    config = describe("s2hand", "smoke", "synthetic", 3, resolve("s2hand", "smoke", {}))
+    assert runs.finished(out, config, "") == record
+    assert runs.finished(out, config, "elsewhere") is None
+    assert runs.finished(out, config | {"hash": "0"}, "") is None
+    figure = next((out / "figures").iterdir())
+    kept = figure.read_bytes()
+    figure.write_bytes(kept + b" ")
+    assert runs.finished(out, config, "") is None
+    figure.write_bytes(kept)
+    monkeypatch.setattr(runs, "code_version", lambda: {"code": "other"})
+    assert runs.finished(out, config, "") is None
+
+
+def test_code_version_sees_every_source(tmp_path, monkeypatch):
+    package = tmp_path / "handrecon"
+    (package / "notebooks").mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "notebooks/s2hand.ipynb").write_text("{}")
+    monkeypatch.setattr(handrecon, "__file__", str(package / "__init__.py"))
+    before = runs.code_version()
+    assert before["commit"] is None
+    for path in (package / "__init__.py", package / "notebooks/s2hand.ipynb", package / "new.py"):
+        path.write_text("changed")
+        assert runs.code_version()["code"] != before["code"]
+        before = runs.code_version()
+
+
 def test_failure_in_the_notebook_is_one_sentence(tmp_path):
     with pytest.raises(RunError, match="no folder") as problem:
         reproduce("s2hand", "smoke", dataset="freihand", data_root=tmp_path / "absent", out=tmp_path / "run")
