@@ -6,7 +6,7 @@
 __all__ = ['FADE', 'edges_of', 'contour_edges', 'find_pieces', 'drop_hidden', 'find_pairs', 'Contour', 'find_contour', 'blend',
            'move_edge', 'blend_backward', 'antialias', 'soft_silhouette']
 
-# %% ../nbs/05b_contour.ipynb #0fab14e8
+# %% ../nbs/05b_contour.ipynb #041354ae
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .raster import NEAR, Fragments, check_mesh, compiled, host, in_threads, project_vertices, strips_of
+from .raster import NEAR, Fragments, check_mesh, compiled, host, in_threads, only_once, project_vertices, strips_of
 
 # %% ../nbs/05b_contour.ipynb #14dc507e
 @lru_cache(8)
@@ -264,7 +263,7 @@ def blend_backward(job, image, upstream, counts, pieces, shares, pairs, weights,
         for c in range(channels): contrast += g[c, pieces[job, m, 2]] * (before[c, pieces[job, m, 0]] - before[c, pieces[job, m, 1]])
         move_edge(-contrast if pieces[job, m, 5] & 2 else contrast, pieces[job, m], shares[job, m], screen[job], vertices[job], K[job], grad_vertices[job])
 
-# %% ../nbs/05b_contour.ipynb #a5be6aba
+# %% ../nbs/05b_contour.ipynb #0dce62a7
 class _Antialias(torch.autograd.Function):
     @staticmethod
     def forward(ctx, image, vertices, faces, K, face_index, depth, near):
@@ -272,13 +271,14 @@ class _Antialias(torch.autograd.Function):
         screen = project_vertices(points, intrinsics, near)
         contour, result = find_contour(screen, host(faces), host(face_index), host(depth)), np.array(host(image))
         in_threads(blend, len(image), result, contour.counts, contour.pairs, contour.weights)
-        ctx.image, ctx.arrays = image.detach(), (*contour, screen, points, intrinsics)
+        ctx.save_for_backward(image, vertices)
+        ctx.arrays = *contour, screen, points, intrinsics
         return torch.from_numpy(result).to(image.device)
 
     @staticmethod
-    @once_differentiable
+    @only_once("antialias has no second derivative")
     def backward(ctx, upstream):
-        image, g, points = host(ctx.image), host(upstream), ctx.arrays[-2]
+        image, g, points = host(ctx.saved_tensors[0]), host(upstream), ctx.arrays[-2]
         grad_image, grad_vertices = np.empty_like(image), np.zeros_like(points)
         in_threads(blend_backward, len(image), image, g, *ctx.arrays, grad_image, grad_vertices)
         return torch.from_numpy(grad_image).to(upstream.device), torch.from_numpy(grad_vertices).to(upstream.device), None, None, None, None, None
@@ -385,7 +385,7 @@ def _soft_strip(job, strips, screen, faces, sigma, alpha, upstream, gradient):
         for row in range(top, bottom):
             for column in range(width): alpha[b, row, column] = 1 - free[row - top, column]
 
-# %% ../nbs/05b_contour.ipynb #781250ed
+# %% ../nbs/05b_contour.ipynb #27642c91
 class _SoftSilhouette(torch.autograd.Function):
     @staticmethod
     def forward(ctx, vertices, faces, K, image_size, sigma, near):
@@ -393,11 +393,12 @@ class _SoftSilhouette(torch.autograd.Function):
         screen, strips = project_vertices(points, intrinsics, near), strips_of(len(points), image_size)
         alpha, nothing = np.empty((len(points), *image_size), points.dtype), np.zeros((0, 0, 0), points.dtype)
         in_threads(_soft_strip, len(points) * strips, strips, screen, triangles, sigma, alpha, nothing, np.zeros((0, 0, 2)))
+        ctx.save_for_backward(vertices)
         ctx.arrays, ctx.sigma = (points, intrinsics, triangles, screen, alpha), sigma
         return torch.from_numpy(alpha).to(vertices.device)
 
     @staticmethod
-    @once_differentiable
+    @only_once("soft_silhouette has no second derivative")
     def backward(ctx, upstream):
         points, intrinsics, triangles, screen, alpha = ctx.arrays
         strips = strips_of(len(points), alpha.shape[1:])

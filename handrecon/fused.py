@@ -6,13 +6,12 @@
 __all__ = ['light_forward', 'light_backward', 'paint_strip', 'pixel_color', 'pixels_backward', 'pixel_backward', 'pairs_backward',
            'contour_backward', 'render_backward', 'gather_strips', 'FusedRender']
 
-# %% ../nbs/06b_fused.ipynb #785a7e98
+# %% ../nbs/06b_fused.ipynb #1884ef44
 import numpy as np
 import torch
-from torch.autograd.function import once_differentiable
 
 from .contour import blend, find_contour, move_edge
-from .raster import compiled, host, in_threads, project_vertices, rasterize_strip, strips_of, vertices_from_planes
+from .raster import compiled, host, in_threads, only_once, project_vertices, rasterize_strip, strips_of, vertices_from_planes
 
 # %% ../nbs/06b_fused.ipynb #da6e409c
 @compiled
@@ -237,7 +236,7 @@ def gather_strips(job, strips, vertices, faces, albedo, light, per_face, strip_v
     grad_vertices[job] = points
     if len(light): grad_light[job] = lamp
 
-# %% ../nbs/06b_fused.ipynb #2e8db63e
+# %% ../nbs/06b_fused.ipynb #835a2d01
 class FusedRender(torch.autograd.Function):
     "(vertices, albedo, light (B,11) or empty, background or empty, ...) -> image, coverage, depth, face index, barycentric."
     @staticmethod
@@ -255,6 +254,7 @@ class FusedRender(torch.autograd.Function):
         contour = find_contour(screen, triangles, index, depth)
         for picture in (image, alpha[:, None]): in_threads(blend, shape[0], picture, contour.counts, contour.pairs, contour.weights)
         ctx.mesh, ctx.lit, ctx.arrays = (points, triangles, skin, lamp, per_face), colors, (intrinsics, behind, screen, *arrays[:3], *contour)
+        ctx.save_for_backward(vertices, albedo, light, background)
         ctx.device = vertices.device
         ctx.set_materialize_grads(False)
         index, depth, weights, image, alpha = (t.to(vertices.device) for t in outputs)
@@ -262,7 +262,7 @@ class FusedRender(torch.autograd.Function):
         return image, alpha, depth, index, weights
 
     @staticmethod
-    @once_differentiable
+    @only_once("render has no second derivative")
     def backward(ctx, grad_image, grad_alpha, grad_depth, _, grad_weights):
         points, triangles, skin, lamp, per_face = ctx.mesh
         intrinsics, behind, *rest = ctx.arrays

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['NEAR', 'Fragments', 'check_mesh', 'rasterize_reference', 'compiled', 'in_threads', 'project_vertices',
-           'rasterize_strip', 'vertices_from_planes', 'host', 'strips_of', 'rasterize']
+           'rasterize_strip', 'vertices_from_planes', 'only_once', 'host', 'strips_of', 'rasterize']
 
-# %% ../nbs/05_raster.ipynb #88994336
+# %% ../nbs/05_raster.ipynb #2ae427f0
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import NamedTuple
 
 import numba
@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 # %% ../nbs/05_raster.ipynb #280a4ccd
 class Fragments(NamedTuple):
@@ -235,6 +234,34 @@ def vertices_from_planes(sums, vertices, faces, K, gradient):
             gradient[i, 1] += K[0, 1] * h0 + K[1, 1] * h1
             gradient[i, 2] += K[0, 2] * h0 + K[1, 2] * h1 + h2
 
+# %% ../nbs/05_raster.ipynb #30991705
+class _Refuse(torch.autograd.Function):
+    "The first `n` of the tensors, tied to all of them; differentiating them again raises RuntimeError with the message."
+    @staticmethod
+    def forward(ctx, message, n, *tensors):
+        ctx.message = message
+        return tuple(t.view_as(t) for t in tensors[:n])
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(ctx.message)
+
+# %% ../nbs/05_raster.ipynb #4d29f1f5
+def only_once(message: str) -> Callable:
+    "Decorate the `backward` of an autograd.Function that saves its inputs: a second derivative raises RuntimeError(message)."
+    def decorate(backward: Callable) -> Callable:
+        @wraps(backward)
+        def guarded(ctx, *upstream):
+            saved = ctx.saved_tensors                       # raises if one was changed in place since
+            with torch.no_grad(): gradients = backward(ctx, *upstream)
+            if not torch.is_grad_enabled(): return gradients
+            made = [g for g in gradients if g is not None]
+            origins = [t for t in (*saved, *upstream) if t is not None and t.requires_grad]
+            tied = iter(_Refuse.apply(message, len(made), *made, *origins))
+            return tuple(None if g is None else next(tied) for g in gradients)
+        return guarded
+    return decorate
+
 # %% ../nbs/05_raster.ipynb #da25c2f5
 def host(tensor: Tensor) -> np.ndarray:
     "The tensor's memory as a contiguous NumPy array (copied only from another device or layout)."
@@ -247,7 +274,7 @@ def strips_of(images: int, size: tuple[int, int]) -> int:
     wanted = 1 if images >= 2 * threads else -(-4 * threads // images)
     return max(1, min(max(wanted, size[0] * size[1] // 2**18), size[0] // 16))
 
-# %% ../nbs/05_raster.ipynb #805edbaa
+# %% ../nbs/05_raster.ipynb #195ff7a8
 class _Rasterize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, vertices, faces, K, image_size, cull, near):
@@ -264,7 +291,7 @@ class _Rasterize(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @only_once("rasterize has no second derivative")
     def backward(ctx, _, grad_depth, grad_barycentric):
         vertices, faces, K, *out = ctx.saved_tensors
         arrays = [host(t) for t in (vertices, faces, K, *out, grad_depth, grad_barycentric)]

@@ -233,3 +233,45 @@ def test_soft_silhouette_gradient_and_limit():
     assert abs((value(h) - value(-h)) / (2 * h) / (gradient * direction).sum() - 1) < 0.05
     hard = (rasterize(vertices, faces, K, (32, 32)).face_index >= 0).double()
     assert ((soft_silhouette(vertices, faces, K, (32, 32), 1e-4) > 0.5).double() == hard).double().mean() > 0.99
+
+
+def _drawn(name, v, faces, K, size):
+    if name == "rasterize": return rasterize(v, faces, K, (size, size)).depth
+    if name == "soft_silhouette": return soft_silhouette(v, faces, K, (size, size))
+    if name == "antialias": return silhouette(rasterize(v.detach(), faces, K, (size, size)), v, faces, K)
+    texture, light, background = appearance(v, faces, size, False)
+    return render(v, faces, K, (size, size), texture, light, background).image
+
+
+@pytest.mark.parametrize("name", ["rasterize", "soft_silhouette", "antialias", "render"])
+@pytest.mark.parametrize("upstream", ["plain", "with a graph"])
+def test_a_second_derivative_is_refused_and_never_a_zero(name, upstream):
+    v, faces, K = hand_scene(24)
+    v.requires_grad_()
+    drawn = _drawn(name, v, faces, K, 24)
+    first, = torch.autograd.grad((drawn if upstream == "plain" else drawn.square()).sum(), v, create_graph=True)
+    assert first.requires_grad and first.abs().max() > 0
+    with pytest.raises(RuntimeError, match=f"{name} has no second derivative"):
+        torch.autograd.grad(first.sum(), v)
+    without, = torch.autograd.grad(_drawn(name, v, faces, K, 24).sum(), v)
+    assert not without.requires_grad                      # nobody who does not ask pays for a graph
+
+
+def test_a_second_derivative_along_another_input_is_refused_too():
+    v, faces, K = hand_scene(24)
+    texture, light, background = appearance(v, faces, 24, False)
+    texture.requires_grad_()
+    first, = torch.autograd.grad(render(v, faces, K, (24, 24), texture, light, background).image.sum(), texture, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["soft_silhouette", "antialias", "render"])
+def test_vertices_changed_in_place_are_noticed(name):
+    v, faces, K = hand_scene(24)
+    v.requires_grad_()
+    moved = v * 1
+    total = _drawn(name, moved, faces, K, 24).sum()
+    moved.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
