@@ -155,21 +155,20 @@ def edge_loss(
     "Eq. 5: squared differences of edge lengths, summed over the mesh."
     return (edge_lengths(vertices, edges) - lengths).square().sum(1)
 
-# %% ../nbs/09_stereo.ipynb #2981c176
-def neighbour_matrix(edges: Int[Tensor, "E 2"], n: int) -> Tensor:  # sparse (n, n), rows sum to one
-    "Mean of the neighbours, as a matrix."
-    both = torch.cat([edges, edges.flip(1)])
-    count = torch.bincount(both[:, 0], minlength=n).clamp(min=1)
-    return torch.sparse_coo_tensor(both.T, 1.0 / count[both[:, 0]], (n, n)).coalesce().to_sparse_csr()
+# %% ../nbs/09_stereo.ipynb #e8ff3b66
+def neighbour_matrix(edges: Int[Tensor, "E 2"], n: int) -> Float[Tensor, "n n"]:  # rows sum to one
+    "Mean of the neighbours, as a matrix: dense, for a hand it is small."
+    A = torch.zeros(n, n, device=edges.device)
+    A[edges[:, 0], edges[:, 1]] = A[edges[:, 1], edges[:, 0]] = 1
+    return A / A.sum(1, keepdim=True).clamp(min=1)
 
-# %% ../nbs/09_stereo.ipynb #60195880
-def laplacian(vertices: Float[Tensor, "B V 3"], neighbours: Tensor) -> Float[Tensor, "B V 3"]:
+# %% ../nbs/09_stereo.ipynb #33ca4e7b
+def laplacian(vertices: Float[Tensor, "B V 3"], neighbours: Float[Tensor, "V V"]) -> Float[Tensor, "B V 3"]:
     "Vector from the mean of its neighbours to each vertex."
-    flat = vertices.transpose(0, 1).flatten(1)                                    # (V, B·3)
-    return vertices - (neighbours.to(flat.dtype) @ flat).unflatten(1, (-1, 3)).transpose(0, 1)
+    return vertices - neighbours.to(vertices.dtype) @ vertices
 
-# %% ../nbs/09_stereo.ipynb #b27df302
-def laplacian_loss(vertices: Float[Tensor, "B V 3"], neighbours: Tensor) -> Float[Tensor, " B"]:  # unit of the vertices
+# %% ../nbs/09_stereo.ipynb #6a584cab
+def laplacian_loss(vertices: Float[Tensor, "B V 3"], neighbours: Float[Tensor, "V V"]) -> Float[Tensor, " B"]:  # unit of the vertices
     "Eq. 6, with the length that print has lost: mean distance of a vertex from the mean of its neighbours."
     return (laplacian(vertices, neighbours).square().sum(-1) + 1e-12).sqrt().mean(1)
 
