@@ -7,7 +7,7 @@ __all__ = ['STEPS', 'PARTS', 'median_ms', 'alternate', 'importable', 'hand_layer
            'bench_render', 'split_faces', 'bench_growth', 'step_parts', 'bench_step', 'bench_infer', 'version',
            'machine', 'bench', 'write_record', 'table', 'write_page']
 
-# %% ../nbs/32_bench.ipynb #8d316992
+# %% ../nbs/32_bench.ipynb #aa28c8f6
 import datetime
 import importlib
 import json
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from .backends import OnnxHand, PictureToHand, example_input, export_onnx, manopth_layer, onnx_agreement
 from .contour import soft_silhouette
-from .keypoints import write_text_atomically
+from .files import write_text
 from .mano import MANO_ARRAYS, HandMesh
 from .networks import Appearance, HandCode
 from .proxy_hand import proxy_hand, proxy_hand_arrays
@@ -376,7 +376,7 @@ def bench(
     command = f"handrecon bench {part}" + " --peers" * peers + f" --device {device}" * (device != "cpu")
     return {"date": datetime.date.today().isoformat(), "command": command, "machine": started, "rows": rows}
 
-# %% ../nbs/32_bench.ipynb #424f339c
+# %% ../nbs/32_bench.ipynb #44f6e2ca
 def write_record(
     path: str | os.PathLike,
     parts: dict[str, dict],             # part -> what `bench` returned
@@ -388,7 +388,7 @@ def write_record(
     if not isinstance(record, dict) or set(record) - set(PARTS):
         raise ValueError(f"{path}: expected a record of handrecon bench ({', '.join(PARTS)}), found something else")
     record = {part: (record | parts)[part] for part in PARTS if part in record or part in parts}
-    write_text_atomically(path, json.dumps(record, indent=1) + "\n")
+    write_text(path, json.dumps(record, indent=1) + "\n")
     return record
 
 # %% ../nbs/32_bench.ipynb #cfefaa2b
@@ -440,7 +440,7 @@ def _plot(record: dict[str, dict], folder: Path) -> list[str]:
     figure.savefig(folder / "performance.png")
     return ["performance.png"]
 
-# %% ../nbs/32_bench.ipynb #4cbcdca0
+# %% ../nbs/32_bench.ipynb #3d055360
 _TITLES = {
     "mano": ("The hand layer", "45 angles, ten shape numbers and a rotation to 778 vertices and 21 joints, float32. The last column compares forward plus backward."),
     "render": ("The renderer", "1,538 faces that cover about a third of the picture; `render` is rasterisation, interpolation, light and anti-aliasing with gradients to vertices, colours and light."),
@@ -468,4 +468,4 @@ def write_page(
             lines += ["No other library that does this was installed.", ""]
         for keys in dict.fromkeys(tuple(row) for row in found["rows"]):
             lines += [*table([row for row in found["rows"] if tuple(row) == keys]), ""]
-    write_text_atomically(path, "\n".join(lines))
+    write_text(path, "\n".join(lines))

@@ -208,7 +208,7 @@ def export(
     export_onnx(network, out, batch)
     typer.echo(f"{out}: {label}, picture to mesh, {out.stat().st_size / 1e6:.1f} MB; differs from PyTorch by at most {max(onnx_agreement(network, out).values()):.0e}")
 
-# %% ../nbs/31_cli.ipynb #8a2cca0b
+# %% ../nbs/31_cli.ipynb #7b6e4ead
 @app.command()
 @guarded
 def evaluate(
@@ -220,11 +220,11 @@ def evaluate(
     "Print what a data set's official evaluator prints."
     if dataset not in ("freihand", "ho3d"):
         raise ValueError(f"--dataset expects freihand or ho3d, found {dataset!r}")
-    from handrecon.keypoints import write_text_atomically
+    from handrecon.files import write_text
     from handrecon.metrics import evaluate_files, format_report
     scores = evaluate_files(gt, pred, dataset)
     if json is not None:
-        write_text_atomically(json, dumps(scores, indent=1) + "\n")
+        write_text(json, dumps(scores, indent=1) + "\n")
     typer.echo(format_report(scores))
 
 # %% ../nbs/31_cli.ipynb #69334148

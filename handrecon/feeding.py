@@ -7,11 +7,10 @@ __all__ = ['PAPER_AUGMENTATION', 'STRONG_AUGMENTATION', 'AROUND', 'Crop', 'crop_
            'colour_table', 'HandBatch', 'Crops', 'as_is', 'make_loader', 'Chosen', 'with_joints', 'PackedPictures',
            'pack', 'bench_data']
 
-# %% ../nbs/14c_feeding.ipynb #ac24629b
+# %% ../nbs/14c_feeding.ipynb #6e1618d6
 import hashlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,8 +30,8 @@ from tqdm import tqdm
 from .camera import square_box
 from .conventions import Observation
 from .datasets import FreiHAND, HandData, HandSample
+from .files import atomic_path, write_text
 from .formats import DataError, decode, read_rgb
-from .keypoints import write_text_atomically
 
 # %% ../nbs/14c_feeding.ipynb #955db758
 class Crop(NamedTuple):
@@ -362,7 +361,7 @@ def _content(path: str) -> tuple[bytes, bytes]:
     data = Path(path).read_bytes()
     return data, hashlib.sha256(data).digest()
 
-# %% ../nbs/14c_feeding.ipynb #742df193
+# %% ../nbs/14c_feeding.ipynb #8e7ddff8
 def pack(
     data: HandData,
     folder: str | Path,                 # made if it is not there; needs 3 bytes a pixel
@@ -377,11 +376,9 @@ def pack(
             return found
     except (DataError, KeyError):
         pass
-    folder.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=folder, suffix=".part")
-    try:
-        sizes, key = [], hashlib.sha256()
-        with os.fdopen(handle, "wb") as file:
+    sizes, key = [], hashlib.sha256()
+    with atomic_path(folder / "pixels.npy") as temporary:
+        with open(temporary, "wb") as file:
             file.write(bytes(128))                                          # the header comes last, when the length is known
             for path in tqdm(paths, unit="picture", disable=not progress):
                 content, digest = _content(path)
@@ -391,12 +388,9 @@ def pack(
                 file.write(picture.tobytes())
             file.seek(0)
             file.write(_npy_header(sum(h * w * 3 for h, w in sizes)))
-        about = {"key": key.hexdigest(), "stamp": stamp, "names": paths, "sizes": sizes}
         (folder / "index.json").unlink(missing_ok=True)                     # never an index with another file's pixels
-        os.replace(temporary, folder / "pixels.npy")
-        write_text_atomically(folder / "index.json", json.dumps(about))
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    about = {"key": key.hexdigest(), "stamp": stamp, "names": paths, "sizes": sizes}
+    write_text(folder / "index.json", json.dumps(about))
     return PackedPictures(folder)
 
 

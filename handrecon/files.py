@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-# %% ../nbs/00b_files.ipynb #5a3eaf3e
+# %% ../nbs/00b_files.ipynb #25c15e04
 @contextmanager
 def atomic_path(
     path: str | os.PathLike,  # where the finished file shall lie; its folder is made
@@ -25,9 +25,12 @@ def atomic_path(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem[:60]}-{secrets.token_hex(4)}{path.suffix}")
+    handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    mode = os.fstat(handle).st_mode & 0o777
+    os.close(handle)
     try:
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         yield temporary
+        os.chmod(temporary, mode)   # some writers put a file of their own in its place
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['LAYOUTS', 'HO3D_CAMERA', 'STB_BACKGROUND', 'STB_VIEWS', 'STB_SK', 'RHD_CAMERA', 'YOUTUBE_CAMERA', 'Actor', 'actor',
-           'Camera', 'camera', 'fragments_of', 'own_faces', 'shoot', 'backdrop', 'scatter', 'save', 'write_bytes',
-           'depth_picture', 'old_pickle', 'decimals', 'Block', 'Layout', 'hand_of', 'write_layout', 'opengl_parameters',
+           'Camera', 'camera', 'fragments_of', 'own_faces', 'shoot', 'backdrop', 'scatter', 'save', 'depth_picture',
+           'old_pickle', 'decimals', 'Block', 'Layout', 'hand_of', 'write_layout', 'opengl_parameters',
            'stereo_backdrop', 'part_labels', 'pair_of_hands', 'image_aligned']
 
-# %% ../nbs/14b_layouts.ipynb #3a6d05ed
+# %% ../nbs/14b_layouts.ipynb #2fab97e7
 import errno
 import json
-import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -29,8 +28,9 @@ from tqdm import tqdm
 from .camera import project
 from .conventions import MANO_JOINT_NAMES, convert_joints
 from .datasets import HO3D_DEPTH_SCALE, RHD_DEPTH_SCALE, RHD_MASK, STB_BASELINE, STB_K, STB_SPLITS, stb_depth_pose
+from .files import write_bytes, write_npz, write_text
 from .formats import mat_bytes
-from .keypoints import Detections, shortest_decimals, simulate_detections, write_s2hand_detections, write_text_atomically
+from .keypoints import Detections, shortest_decimals, simulate_detections, write_s2hand_detections
 from .mano import HandMesh, HandModel
 from .proxy_hand import proxy_hand, sample_poses, sample_shapes
 from .raster import Fragments, rasterize
@@ -146,22 +146,11 @@ def scatter(n: int, low: tuple[float, float, float], high: tuple[float, float, f
     low, high = torch.tensor(low), torch.tensor(high)
     return low + (high - low) * torch.rand(n, 3, generator=g)
 
-# %% ../nbs/14b_layouts.ipynb #07cff8d6
+# %% ../nbs/14b_layouts.ipynb #74806de6
 def save(path: Path, picture: UInt8[np.ndarray, "*shape"], quality: int = 95) -> None:
     "Write an RGB or grey picture, whole or not at all; the ending chooses the format."
     option = [cv2.IMWRITE_JPEG_QUALITY, quality] if path.suffix == ".jpg" else []
     write_bytes(path, cv2.imencode(path.suffix, picture[..., ::-1] if picture.ndim == 3 else picture, option)[1].tobytes())
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    "Write a file, whole or not at all."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 # %% ../nbs/14b_layouts.ipynb #92b5931e
 def depth_picture(
@@ -216,7 +205,7 @@ def hand_of(side: str) -> HandModel:
 # %% ../nbs/14b_layouts.ipynb #14e6fa7a
 LAYOUTS: dict[str, Layout] = {}     # each writer below enters itself
 
-# %% ../nbs/14b_layouts.ipynb #9d46bbcf
+# %% ../nbs/14b_layouts.ipynb #9faf20d6
 def _claim(root: Path, recipe: dict) -> bool:
     "Begin a folder, or go on with one of the same recipe; True if it is complete."
     note = root / "synthetic.json"
@@ -227,10 +216,10 @@ def _claim(root: Path, recipe: dict) -> bool:
         raise ValueError(f"{note}: expected a folder begun with the same arguments, found another recipe; choose another folder")
     if found is None:
         root.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(note, json.dumps(recipe | {"complete": False}, indent=1))
+        write_text(note, json.dumps(recipe | {"complete": False}, indent=1))
     return bool(found and found["complete"])
 
-# %% ../nbs/14b_layouts.ipynb #d9b4cb6f
+# %% ../nbs/14b_layouts.ipynb #b6053264
 def _blocks(root: Path, number: int, split: str, n: int, seed: int, config: SyntheticConfig, block: int, options: dict) -> list[Block]:
     "The blocks of a split; each has its own seed."
     return [Block(root, split, first, min(block, n - first), block_seed(seed, number, first), config, options) for first in range(0, n, block)]
@@ -245,9 +234,7 @@ def _make(block: Block, layout: Layout) -> None:
     if _part(block).exists(): return
     with torch.no_grad():
         arrays = layout.write(block)
-    temporary = _part(block).with_suffix(".tmp.npz")
-    np.savez(temporary, **arrays)
-    os.replace(temporary, _part(block))
+    write_npz(_part(block), **arrays)
 
 
 def _gathered(blocks: list[Block]) -> dict[str, np.ndarray]:
@@ -258,7 +245,7 @@ def _gathered(blocks: list[Block]) -> dict[str, np.ndarray]:
             parts.append(dict(stored))
     return {key: np.concatenate([p[key] for p in parts]) for key in parts[0]}
 
-# %% ../nbs/14b_layouts.ipynb #83fad69d
+# %% ../nbs/14b_layouts.ipynb #08357dba
 def write_layout(
     layout: str,                            # "freihand" or a key of LAYOUTS
     root: str | Path,                       # made if it is not there
@@ -292,13 +279,13 @@ def write_layout(
                     bar.update(b.n)
                 kind.finish(root, split, _gathered(blocks), options)
         shutil.rmtree(root / ".parts")
-        write_text_atomically(root / "synthetic.json", json.dumps(recipe | {"complete": True}, indent=1))
+        write_text(root / "synthetic.json", json.dumps(recipe | {"complete": True}, indent=1))
     except OSError as error:
         if error.errno != errno.ENOSPC: raise
         raise OSError(errno.ENOSPC, f"{root}: the disk is full; free some space and run the same command again to go on") from None
     return root
 
-# %% ../nbs/14b_layouts.ipynb #835fb0cd
+# %% ../nbs/14b_layouts.ipynb #011443bd
 HO3D_CAMERA = camera(((614.6, 0, 320.3), (0, 614.1, 238.5), (0, 0, 1)), 480, 640)
 _GL = torch.tensor([1.0, -1, -1])
 _PER_SEQUENCE = 500
@@ -369,10 +356,10 @@ def _finish_ho3d(root: Path, split: str, arrays: dict[str, np.ndarray], options:
         (root / "openpose" / sequence).mkdir(parents=True, exist_ok=True)
         found = Detections([f"{frame}.{ending}" for frame in names], torch.from_numpy(arrays["xy"][rows]), torch.from_numpy(arrays["confidence"][rows]))
         write_s2hand_detections(root / "openpose" / sequence / "detect.json", found)
-    write_text_atomically(root / f"{split}.txt", "".join(lines))
+    write_text(root / f"{split}.txt", "".join(lines))
     if split == "evaluation":
         for name, key in (("xyz", "joints"), ("verts", "vertices")):
-            write_text_atomically(root / f"evaluation_{name}.json", json.dumps(decimals(arrays[key])))
+            write_text(root / f"evaluation_{name}.json", json.dumps(decimals(arrays[key])))
 
 # %% ../nbs/14b_layouts.ipynb #4c3a697c
 LAYOUTS["ho3d"] = Layout(("train", "evaluation"), _write_ho3d, _finish_ho3d)
@@ -499,7 +486,7 @@ def _finish_rhd(root: Path, split: str, arrays: dict[str, np.ndarray], options: 
 # %% ../nbs/14b_layouts.ipynb #854e26a8
 LAYOUTS["rhd"] = Layout(("training", "evaluation"), _write_rhd, _finish_rhd)
 
-# %% ../nbs/14b_layouts.ipynb #b04cb028
+# %% ../nbs/14b_layouts.ipynb #45994726
 _INTERHAND_KINDS = ("right", "left", "interacting")
 _FRAMES_PER_CAPTURE = 1000
 
@@ -570,8 +557,8 @@ def _finish_interhand(root: Path, split: str, arrays: dict[str, np.ndarray], opt
     folder = root / "annotations" / split
     folder.mkdir(parents=True, exist_ok=True)
     for what, tree in (("data", {"images": images, "annotations": annotations}), ("camera", cameras_), ("joint_3d", joints), ("MANO_NeuralAnnot", mano)):
-        write_text_atomically(folder / f"InterHand2.6M_{split}_{what}.json", json.dumps(tree))
-    write_text_atomically(root / "annotations" / "skeleton.txt", _skeleton())
+        write_text(folder / f"InterHand2.6M_{split}_{what}.json", json.dumps(tree))
+    write_text(root / "annotations" / "skeleton.txt", _skeleton())
 
 
 def _mano_entry(v: np.ndarray) -> dict:
@@ -601,7 +588,7 @@ def _skeleton() -> str:
 # %% ../nbs/14b_layouts.ipynb #9af74a1e
 LAYOUTS["interhand"] = Layout(("train", "val", "test"), _write_interhand, _finish_interhand)
 
-# %% ../nbs/14b_layouts.ipynb #c2f9f67a
+# %% ../nbs/14b_layouts.ipynb #7adeba05
 YOUTUBE_CAMERA = camera(((700, 0, 320), (0, 700, 180), (0, 0, 1)), 360, 640)
 
 
@@ -635,7 +622,7 @@ def _finish_youtube(root: Path, split: str, arrays: dict[str, np.ndarray], optio
         images.append({"name": _youtube_file(split, i), "width": YOUTUBE_CAMERA.width, "height": YOUTUBE_CAMERA.height, "id": i})
         annotations += [{"vertices": decimals(arrays["vertices"][i, k]), "is_left": 1 - k, "image_id": i, "id": 2 * i + k}
                         for k in range(2) if arrays["there"][i, k]]
-    write_text_atomically(root / "data" / f"youtube_{split}.json", json.dumps({"images": images, "annotations": annotations}))
+    write_text(root / "data" / f"youtube_{split}.json", json.dumps({"images": images, "annotations": annotations}))
 
 # %% ../nbs/14b_layouts.ipynb #fede000b
 LAYOUTS["yt3d"] = Layout(("train", "val", "test"), _write_youtube, _finish_youtube)

@@ -10,7 +10,7 @@ __all__ = ['Array', 'OFFICIAL_THRESHOLDS', 'OFFICIAL_COUNTS', 'INTERHAND_ROOTS',
            'stb_measures', 'interhand_measures', 'pck_2d', 'acceleration', 'acceleration_error', 'sequence_deviation',
            'mean_hand']
 
-# %% ../nbs/15_metrics.ipynb #3f596b93
+# %% ../nbs/15_metrics.ipynb #bc202de1
 import json
 import os
 import re
@@ -27,6 +27,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from .conventions import JOINT_ORDERS, OPENGL_TO_OPENCV, convert_joints
+from .files import atomic_path
 
 # %% ../nbs/15_metrics.ipynb #40e8ffeb
 Array = np.ndarray | Tensor  # every metric takes either and works in float64
@@ -549,21 +550,16 @@ def write_predictions(
                 raise ValueError(f"{name}: {len(behind):,} hands lie behind the camera, the first is number {behind[0]}; give OpenCV axes (z > 0), they are flipped here")
     _write_hand_lists(Path(path), xyz, verts)
 
-# %% ../nbs/15_metrics.ipynb #01e45460
+# %% ../nbs/15_metrics.ipynb #49d5ca0d
 def _write_hand_lists(path: Path, *lists: np.ndarray) -> None:
     "Write one JSON list of hands for each array (tenths of a micrometre), through a temporary file that then takes the name."
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(temporary, "w") as file:
-            for k, hands in enumerate(lists):
-                file.write("[[" if k == 0 else ",\n[")
-                for i, hand in enumerate(hands):
-                    file.write((",\n" if i else "") + json.dumps(np.round(hand, 7).tolist()))
-                file.write("]")
+    with atomic_path(path) as temporary, open(temporary, "w") as file:
+        for k, hands in enumerate(lists):
+            file.write("[[" if k == 0 else ",\n[")
+            for i, hand in enumerate(hands):
+                file.write((",\n" if i else "") + json.dumps(np.round(hand, 7).tolist()))
             file.write("]")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        file.write("]")
 
 # %% ../nbs/15_metrics.ipynb #c17d02ec
 def root_relative(

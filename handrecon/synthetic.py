@@ -10,11 +10,10 @@ __all__ = ['ARM_STATIONS', 'OVERSAMPLE', 'SyntheticConfig', 'palm_frame', 'sampl
            'joint_visibility', 'photograph', 'make_batch', 'block_seed', 'SyntheticHands', 'freihand_parameters',
            'write_freihand']
 
-# %% ../nbs/13_synthetic.ipynb #006c5c48
+# %% ../nbs/13_synthetic.ipynb #d5437ccc
 import errno
 import json
 import math
-import os
 import shutil
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -32,7 +31,8 @@ from tqdm import tqdm
 
 from .camera import project
 from .conventions import Observation, Truth
-from .keypoints import DetectorNoise, shortest_decimals, simulate_detections, write_text_atomically
+from .files import atomic_path, write_bytes, write_text
+from .keypoints import DetectorNoise, shortest_decimals, simulate_detections
 from .mano import HandMesh, HandModel
 from .proxy_hand import proxy_hand, sample_poses, sample_shapes, sample_textures
 from .raster import Fragments, compiled, host, in_threads, rasterize
@@ -752,7 +752,7 @@ def _annotation_lines(hands: Hands, seen: Observation, truth: Truth, mean_pose: 
     lists += [seen.keypoints.round().long(), shortest_decimals(seen.confidence[..., None])]
     return "".join(json.dumps(values.tolist())[1:-1] + "\n" for values in lists)
 
-# %% ../nbs/13_synthetic.ipynb #a0cd26e4
+# %% ../nbs/13_synthetic.ipynb #561d92fb
 def _write_block(root: Path, split: str, first: int, n: int, seed: int, config: SyntheticConfig, hand: HandModel) -> str:
     "Make n pictures, write them from number `first` on, and return their annotations."
     g = torch.Generator().manual_seed(seed)
@@ -762,27 +762,19 @@ def _write_block(root: Path, split: str, first: int, n: int, seed: int, config: 
     pictures = {"rgb": seen.image.permute(0, 2, 3, 1), "mask": (truth.mask > 0.5).float()}
     for kind in _KINDS[split]:
         for i, picture in enumerate((pictures[kind] * 255).round().to(torch.uint8).numpy()):
-            path = root / split / kind / f"{first + i:08d}.jpg"
-            path.with_suffix(".part").write_bytes(_jpeg(picture))
-            os.replace(path.with_suffix(".part"), path)
+            write_bytes(root / split / kind / f"{first + i:08d}.jpg", _jpeg(picture))
     return _annotation_lines(hands, seen, truth, hand.hands_mean)
 
-# %% ../nbs/13_synthetic.ipynb #c065efab
+# %% ../nbs/13_synthetic.ipynb #5068e8a5
 def _join(parts: list[Path], line: int, path: Path, end: str = "]") -> None:
     "The lists in one line of every part, as one JSON list in `path`."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "w", encoding="utf-8") as out:
-            for i, part in enumerate(parts):
-                with open(part, encoding="utf-8") as file:
-                    out.write((", " if i else "[") + next(islice(file, line, None)).rstrip("\n"))
-            out.write(end)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as out:
+        for i, part in enumerate(parts):
+            with open(part, encoding="utf-8") as file:
+                out.write((", " if i else "[") + next(islice(file, line, None)).rstrip("\n"))
+        out.write(end)
 
-# %% ../nbs/13_synthetic.ipynb #917a8898
+# %% ../nbs/13_synthetic.ipynb #72088c3a
 def _write_split(root: Path, split: str, n: int, seed: int, config: SyntheticConfig, hand: HandModel, block: int, bar) -> None:
     "One split: the blocks that are not there yet, then the annotation files."
     for folder in [root / ".parts"] + [root / split / kind for kind in _KINDS[split]]:
@@ -791,7 +783,7 @@ def _write_split(root: Path, split: str, n: int, seed: int, config: SyntheticCon
     for first, part in parts.items():
         size = min(block, n - first)
         if not part.exists():
-            write_text_atomically(part, _write_block(root, split, first, size, block_seed(seed, split == "evaluation", first), config, hand))
+            write_text(part, _write_block(root, split, first, size, block_seed(seed, split == "evaluation", first), config, hand))
         bar.update(size)
     for line, name in enumerate(_ANNOTATIONS[:4 if split == "evaluation" else 5]):  # FreiHAND tells no parameters of evaluation
         _join(list(parts.values()), line, root / f"{split}_{name}.json")
@@ -801,7 +793,7 @@ def _write_split(root: Path, split: str, n: int, seed: int, config: SyntheticCon
     names = json.dumps([[f"{i:08d}.jpg"] for i in range(n)])
     _join(lists, 0, root / _DETECTIONS[split], f", {names}]")
 
-# %% ../nbs/13_synthetic.ipynb #b0b1c1ad
+# %% ../nbs/13_synthetic.ipynb #b913e91c
 def write_freihand(
     root: str | Path,                    # made if it is not there
     n: int,                              # training pictures
@@ -828,12 +820,12 @@ def write_freihand(
         raise ValueError(f"{root}: expected an empty or absent folder, found files that are not ours")
     try:
         root.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(note, json.dumps(recipe | {"complete": False}, indent=1))
+        write_text(note, json.dumps(recipe | {"complete": False}, indent=1))
         with tqdm(total=n + evaluation, unit="hand", disable=not progress) as bar:
             for split, count in (("training", n), ("evaluation", evaluation)):
                 _write_split(root, split, count, seed, config, hand or default_hand(), block, bar)
         shutil.rmtree(root / ".parts")
-        write_text_atomically(note, json.dumps(recipe | {"complete": True}, indent=1))
+        write_text(note, json.dumps(recipe | {"complete": True}, indent=1))
     except OSError as error:
         if error.errno != errno.ENOSPC: raise
         raise OSError(errno.ENOSPC, f"{root}: the disk is full; free some space and run the same command again to go on") from None

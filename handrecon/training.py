@@ -7,7 +7,7 @@ __all__ = ['Row', 'STATE_FILE', 'LOG_FILE', 'world_size', 'TrainConfig', 'learni
            'ArrayBatches', 'save_checkpoint', 'Checkpoint', 'load_checkpoint', 'load_weights', 'History',
            'read_history', 'TrainingDiverged', 'Objective', 'fit']
 
-# %% ../nbs/16_training.ipynb #848561d4
+# %% ../nbs/16_training.ipynb #e587fcb3
 import csv
 import json
 import math
@@ -28,6 +28,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from .files import atomic_path
 
 # %% ../nbs/16_training.ipynb #0a2a5af4
 def _whole(low: int) -> Callable[[Any], bool]:
@@ -192,18 +194,11 @@ def _batches(
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
-# %% ../nbs/16_training.ipynb #3f8d6dea
+# %% ../nbs/16_training.ipynb #43048100
 def _write_tensors(path: str | Path, tensors: dict[str, Tensor], meta: dict) -> None:
     "One safetensors file with `meta` as JSON in its header, put in place in one piece."
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        clean = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-        save_file(clean, temporary, {"handrecon": json.dumps(meta)})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    clean = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    with atomic_path(path) as temporary: save_file(clean, temporary, {"handrecon": json.dumps(meta)})
 
 # %% ../nbs/16_training.ipynb #6ad78c62
 def _read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:

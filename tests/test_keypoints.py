@@ -1,5 +1,6 @@
 """Detection files, and a simulated detector whose statistics are its documented parameters."""
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from handrecon import keypoints as kp
 from handrecon.keypoints import (Detections, DetectorNoise, finger_crowding, mediapipe_detections, read_detections, read_openpose,
                                  read_s2hand_detections, simulate_detections, write_openpose, write_s2hand_detections)
 
@@ -100,7 +100,7 @@ def test_binary_missing_and_empty(tmp_path):
 
 def test_nothing_is_left_when_writing_fails(tmp_path, monkeypatch):
     def fail(*_): raise OSError("disk full")
-    monkeypatch.setattr(kp.os, "replace", fail)
+    monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError):
         write_s2hand_detections(tmp_path / "out.json", detections())
     assert list(tmp_path.iterdir()) == []

@@ -158,6 +158,7 @@ def test_finished_run_is_left_alone_until_something_changes(smoke, tmp_path, mon
     out, record = smoke
     executed = []
     monkeypatch.setattr(runs, "_execute", lambda *a: executed.append(a))
+    monkeypatch.setattr(runs, "code_version", lambda: {"code": record["code"]})   # whatever else is being edited meanwhile
     again = lambda: reproduce("s2hand", "smoke", out=out, seed=3, resume=True)
     before = {path: path.stat().st_mtime_ns for path in runs.results(out)}
     assert again() == record and not executed
