@@ -27,9 +27,11 @@ html_copy_source = False
 html_show_sourcelink = False
 html_theme_options = {
     "show_toc_level": 2,
+    "navbar_persistent": [],                           # the side bar has the search field already
     "use_download_button": False,
     "use_fullscreen_button": False,
 }
+html_context = {"default_mode": "auto"}
 mathjax_path = "mathjax/tex-mml-chtml.js"
 
 

@@ -67,6 +67,7 @@ PAPERS = {  # paper -> title, how a notebook names it, the decades of lessons th
         11: ("$\\mathcal L_{con}$", "key-point maps agree with projected joints"),
     }),
 }
+OTHERS = re.compile(r"\b(?!Chen|Tu|Ren)[A-Z]\w+ et al\.[^.;)]{0,20}$")   # somebody else's equation follows
 EQUATION = re.compile(r"\bEqs?\.? ?\(?(\d+)\)?((?:(?: ?[–-] ?|, | to | and |/)\(?\d+\b\)?)*)")
 
 
@@ -92,11 +93,13 @@ def mentioned(text: str, notebook: str) -> set[tuple[str, int]]:
     found = set()
     for match in EQUATION.finditer(text):
         before, after = text[max(0, match.start() - 60):match.start()], text[match.end():match.end() + 30]
+        if OTHERS.search(before): continue
         last = lambda pattern: max((m.end() for m in re.finditer(pattern, before)), default=0)
         named = sorted((p for p in PAPERS if last(PAPERS[p][1])), key=lambda p: -last(PAPERS[p][1]))   # the name before it, else after it
         named = named or [p for p in PAPERS if re.search(PAPERS[p][1], after)]
         for paper in (named or own)[:1]:
             found |= {(paper, n) for n in numbers(*match.groups()) if n in PAPERS[paper][3]}
+    if len(own) == 1: found |= {(own[0], int(n)) for n in re.findall(r"\\tag\{(\d+)\}", text) if int(n) in PAPERS[own[0]][3]}
     return found
 
 

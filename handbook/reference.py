@@ -40,8 +40,9 @@ def entry(node: DEFINITION, lines: list[str], module: str, prefix: str = "", lev
     code = signature(node, lines) + ("\n" + fields(node, lines) if isinstance(node, ast.ClassDef) and fields(node, lines) else "")
     text = [f"({anchor(module, prefix + node.name)})=", f"{'#' * level} {prefix}{node.name}", "```python\n" + code + "\n```", ast.get_docstring(node) or ""]
     if isinstance(node, ast.ClassDef):
-        for method in node.body:
-            if isinstance(method, ast.FunctionDef) and (method.name in ("__init__", "forward") or not method.name.startswith("_")):
+        methods = {method.name: method for method in reversed(node.body) if isinstance(method, ast.FunctionDef)}   # of a property, its getter
+        for name, method in reversed(methods.items()):
+            if name in ("__init__", "forward") or not name.startswith("_"):
                 text += entry(method, lines, module, f"{node.name}.", level + 1)
     return text
 

@@ -1,8 +1,7 @@
-"""Lays out the book's source in _build/source: pages, notebooks as prose with code, and everything that is generated."""
-import html
-import json
+"""Lays out the book's source in _build/source, or in the folder given: pages, notebooks as prose with code, and everything that is generated."""
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import equations
@@ -11,19 +10,13 @@ import reference
 import tables
 
 ROOT = Path(__file__).parent.parent
-BOOK, SOURCE = ROOT / "handbook", ROOT / "handbook/_build/source"
+BOOK = ROOT / "handbook"
 
 
 def caption(prose: str, heading: str) -> str:
     "What a picture shows, for somebody who cannot see it: the words that lead up to it."
     words = re.sub(r"<[^>]+>|\$\$?[^$]*\$\$?|[*_`#|]|\]\([^)]*\)|[\[\"\\]", "", prose.strip().split("\n\n")[-1])
     return f"{heading}: {' '.join(words.split())[:200]}".rstrip(": ")
-
-
-def live(figure: dict, alt: str) -> str:
-    "A plotly figure as a place that figures.js fills."
-    data = json.dumps(figure, separators=(",", ":")).replace("</", "<\\/")
-    return f'<div class="plotly-figure" role="img" aria-label="{html.escape(alt)}"><p>{html.escape(alt)}</p><script type="application/json">{data}</script></div>'
 
 
 def prose_with_code(notebook, name: str):
@@ -41,26 +34,26 @@ def prose_with_code(notebook, name: str):
             cell.metadata["mystnb"] = {"image": {"alt": alt}}
             for output in cell.outputs:
                 if figure := output.get("data", {}).get("application/vnd.plotly.v1+json"):
-                    output["data"] = {"text/html": live(figure, alt)}
+                    output["data"] = {"text/html": tables.live(figure, alt)}
         cells.append(cell)
     cells[0].source += f"\n\n<div class=\"open-in-lab\">Open in JupyterLab: <code>make lab</code> in a clone, then <code>{name}</code>.</div>"
     notebook.cells = cells
     return notebook
 
 
-def stage() -> None:
-    shutil.rmtree(SOURCE, ignore_errors=True)
-    shutil.copytree(BOOK, SOURCE, ignore=shutil.ignore_patterns("_build", "__pycache__", "results", "static", "*.py", "*.json"))
+def stage(source: Path) -> None:
+    shutil.rmtree(source, ignore_errors=True)
+    shutil.copytree(BOOK, source, ignore=shutil.ignore_patterns("_build", "__pycache__", "results", "static", "*.py", "*.json"))
     for path in sorted((ROOT / "nbs").rglob("*.ipynb")):
         if ".ipynb_checkpoints" in path.parts: continue
         name = path.relative_to(ROOT / "nbs")
-        (SOURCE / "nbs" / name).parent.mkdir(parents=True, exist_ok=True)
-        nbformat.write(prose_with_code(nbformat.read(path, 4), str(name)), SOURCE / "nbs" / name)
+        (source / "nbs" / name).parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(prose_with_code(nbformat.read(path, 4), str(name)), source / "nbs" / name)
     written = reference.pages() | {"map.md": equations.page()} | tables.fragments()
     for name, text in written.items():
-        (SOURCE / name).parent.mkdir(parents=True, exist_ok=True)
-        (SOURCE / name).write_text(text)
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(text)
 
 
 if __name__ == "__main__":
-    stage()
+    stage(Path(sys.argv[1]) if len(sys.argv) > 1 else BOOK / "_build/source")

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-# %% ../nbs/04_camera.ipynb #8a64f29e
+# %% ../nbs/04_camera.ipynb #25994b59
 def project(
     points: Float[Tensor, "B N 3"],  # camera axes, metres
     K: Float[Tensor, "B 3 3"],       # pixels
 ) -> Float[Tensor, "B N 2"]:         # pixels, centre of the top-left pixel at (0.5, 0.5)
-    "Pinhole projection of `points` by the intrinsics `K`: divide by depth, then scale and shift."
+    "Pinhole projection of `points` by the intrinsics `K` (K of Ren, Zhu and Zhang, Eq. 6): divide by depth, then scale and shift."
     x, y, z = points.unbind(-1)                                       # each (B, N)
     u = (K[:, 0, 0, None] * x + K[:, 0, 1, None] * y) / z + K[:, 0, 2, None]
     v = K[:, 1, 1, None] * y / z + K[:, 1, 2, None]

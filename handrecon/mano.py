@@ -116,7 +116,7 @@ class HandMesh(NamedTuple):
     vertices: Float[Tensor, "B V 3"]    # metres
     joints: Float[Tensor, "B 21 3"]     # metres
 
-# %% ../nbs/02_mano.ipynb #d252ab9e
+# %% ../nbs/02_mano.ipynb #b8d4aa32
 class HandModel(nn.Module):
     """MANO's function from parameters to a mesh, for any arrays with MANO's names.
 
@@ -219,7 +219,7 @@ class HandModel(nn.Module):
         translation: Float[Tensor, "B 3"] | None = None,
         scale: Float[Tensor, "B"] | None = None,
     ) -> HandMesh:
-        "The same, step by step, as derived in this lesson: any precision, any device, any order of derivatives."
+        "The same, step by step, as derived in this lesson (Ren, Zhu and Zhang, Eq. 4 and 5): any precision, any device, any order of derivatives."
         local = axis_angle_to_matrix(torch.cat([rotation, self.full_pose(pose)], -1).unflatten(-1, (-1, 3)))
         rest = self.v_template + linear_offsets(torch.cat([shape, pose_feature(local)], -1), self.directions)       # V_P
         rest_joints = self.J_template + linear_offsets(shape, self.J_directions)                                    # J(β)

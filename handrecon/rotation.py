@@ -48,11 +48,11 @@ def axis_angle_to_matrix(
     off = torch.stack([c, -sz, sy, sz, c, -sx, -sy, sx, c], -1).unflatten(-1, (3, 3))
     return off + b * v[..., :, None] * v[..., None, :]
 
-# %% ../nbs/01_rotation.ipynb #5a6d5730
+# %% ../nbs/01_rotation.ipynb #f6bf784b
 def axis_angle_to_quaternion(
     v: Float[Tensor, "*B 3"],       # radians
 ) -> Float[Tensor, "*B 4"]:         # unit, w first
-    "q = (cos θ/2, (sin θ/2)/θ · v). Smooth for every `v`."
+    "q = (cos θ/2, (sin θ/2)/θ · v), S²HAND(V), Eq. 12. Smooth for every `v`."
     x = (_expect(v, 3) * v).sum(-1, keepdim=True)
     w = _trig_ratio(x, lambda t: (t / 2).cos(), (1, -1 / 8, 1 / 384))
     k = _trig_ratio(x, lambda t: (t / 2).sin() / t, (1 / 2, -1 / 48, 1 / 3840))
@@ -182,12 +182,12 @@ def matrix_to_rotation_6d(
     "The first two columns, one after the other."
     return R[..., :2].mT.flatten(-2)
 
-# %% ../nbs/01_rotation.ipynb #b56fe33a
+# %% ../nbs/01_rotation.ipynb #aa62f22a
 def quaternion_angle(
     q0: Float[Tensor, "*#B 4"],     # w first, any length
     q1: Float[Tensor, "*#B 4"],     # w first, any length
 ) -> Float[Tensor, "*B"]:           # radians in [0, π]
-    "Angle of the rotation that takes q0 to q1; q and −q are the same rotation."
+    "Angle γ = 2η of the rotation that takes q0 to q1 (S²HAND(V), Eq. 16, 19 and 20); q and −q are the same rotation."
     q0, q1 = torch.broadcast_tensors(normalize_quaternion(q0), normalize_quaternion(q1))
     q1 = torch.where((q0 * q1).sum(-1, keepdim=True) < 0, -q1, q1)
     return 4 * torch.atan2(_length(q0 - q1), _length(q0 + q1))
@@ -207,13 +207,13 @@ def rotation_angle(
     "Geodesic distance between rotations: the angle of R0ᵀR1, without the arccosine that loses half the digits near 0 and π."
     return quaternion_angle(matrix_to_quaternion(R0), matrix_to_quaternion(R1))
 
-# %% ../nbs/01_rotation.ipynb #ebc16e7b
+# %% ../nbs/01_rotation.ipynb #7644c553
 def slerp(
     q0: Float[Tensor, "*#B 4"],     # w first, any length
     q1: Float[Tensor, "*#B 4"],     # w first, any length
     t: Float[Tensor, "*#B"] | float | int,  # 0 gives q0, 1 gives ±q1
 ) -> Float[Tensor, "*B 4"]:
-    "Constant-speed rotation along the shorter way: q0 · exp(t · log(q0⁻¹ q1))."
+    "Constant-speed rotation along the shorter way, q0 · exp(t · log(q0⁻¹ q1)): S²HAND(V), Eq. 13 and 15."
     q0 = normalize_quaternion(q0)
     step = quaternion_to_axis_angle(quaternion_multiply(quaternion_conjugate(q0), normalize_quaternion(q1)))
     return quaternion_multiply(q0, axis_angle_to_quaternion(torch.as_tensor(t, dtype=step.dtype, device=step.device)[..., None] * step))
