@@ -236,11 +236,11 @@ def least_assignment(
     columns[row_of[:M][taken]] = np.nonzero(taken)[0]
     return columns
 
-# %% ../nbs/10_centermap.ipynb #2a126c81
+# %% ../nbs/10_centermap.ipynb #7b9b5a95
 def assign_joints(
     projected: Float[Tensor, "N 2"],    # one joint of N hands, pixels
     peaks: Float[Tensor, "M 2"],        # that joint's peaks in the map, pixels
-    limit: float,                       # pairs farther apart than this stay alone, pixels
+    limit: float | int,                 # pairs farther apart than this stay alone, pixels
 ) -> Int[Tensor, "N"]:                  # the peak of each hand, or −1
     "Which peak is whose: least total distance, each peak to one hand (Eq. 11)."
     N, M = len(projected), len(peaks)
