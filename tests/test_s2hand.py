@@ -17,8 +17,9 @@ from handrecon.metrics import pa_mpjpe
 from handrecon.proxy_hand import POSTURES, posture, proxy_hand, sample_poses, sample_shapes
 from handrecon.rotation import axis_angle_to_matrix, matrix_to_axis_angle, random_rotations
 from handrecon.s2hand import (
-    RECIPES, FitConfig, Pictures, Prediction, S2Hand, S2HandConfig, detection_box, fit_to_detections, joints_only, load, load_freihand, load_synthetic, loss_terms,
-    loss_terms_supervised, move_camera, place_translation, predict, predict_mean_pose, report_grid, reprojection_error, save, score, self_supervised, similarity_2d, supervised)
+    RECIPES, FitConfig, Pictures, Prediction, S2Hand, S2HandConfig, detection_box, fit_to_detections, joints_only, learn, load, load_real, load_synthetic, loss_terms,
+    loss_terms_supervised, move_camera, place_translation, predict, predict_mean_pose, report_grid, reprojection_error, save, score, self_supervised, similarity_2d, stages, supervised)
+from handrecon.layouts import write_layout
 from handrecon.synthetic import SyntheticConfig, make_batch, write_freihand
 from handrecon.training import TrainConfig, fit
 
@@ -54,9 +55,13 @@ def test_paper_defaults():
     weights = {name: getattr(config, name) for name in ("w_3d", "w_geo", "w_photo", "w_regu", "w_ori", "w_SSIM", "w_C", "w_s", "w_J")}
     assert weights == dict(w_3d=1, w_geo=0.001, w_photo=0.005, w_regu=0.01, w_ori=100, w_SSIM=0.2, w_C=0.5, w_s=10, w_J=10)
     assert (config.backbone, config.image_size, config.n_pca, config.canonical_focal) == ("efficientnet-b0", 224, 30, 0)
-    paper = RECIPES["paper"].train
+    assert (config.w_2d, config.w_cons) == (0.001, 0.0002)
+    recipe = RECIPES["paper"]
+    assert (recipe.model.branch_stacks, recipe.model.branch_modules, recipe.model.branch_width) == (2, 2, 256)
+    assert (recipe.steps_2d, recipe.steps_joint, recipe.lr_joint, recipe.factor_joint) == (90 * (32560 // 64), 60 * (32560 // 64), 2.5e-4, 1 / 3)
+    paper = recipe.train
     assert (paper.batch_size, paper.lr, paper.schedule, paper.factor) == (64, 1e-3, "step", 0.5)
-    assert paper.steps == 90 * 32560 // 64
+    assert paper.steps == 90 * (32560 // 64) and paper.milestones == (1 / 3, 2 / 3)
 
 
 def test_terms_carry_the_paper_s_names(output, batch):
@@ -241,13 +246,36 @@ def test_synthetic_pictures_are_determined_by_the_seed():
 def test_freihand_layout(tmp_path):
     write_freihand(tmp_path / "fh", 4, config=SyntheticConfig(image_size=64), evaluation=2, progress=False)
     for held_out, n in ((False, 4), (True, 2)):
-        seen, known = load_freihand(tmp_path / "fh", 10, held_out)
-        assert len(seen.K) == n and known.vertices.shape == (n, 778, 3)
+        seen, known = load_real("freihand", tmp_path / "fh", 10, held_out, size=64)
+        assert len(seen.K) == n and known.vertices.shape == (n, 778, 3) and bool(known.mask.any()) == (not held_out)
+        assert torch.allclose(project(known.joints, seen.K), known.keypoints, atol=1e-2)
         assert (seen.keypoints - known.keypoints).norm(dim=-1)[seen.confidence > 0].median() < 5
+        assert score(Prediction(known.joints, known.vertices, known.keypoints), known)["PA-MPVPE"] < 1e-3
+    assert load_real("freihand", tmp_path / "fh", 3, size=64)[0].image.shape == (3, 3, 64, 64)
     (tmp_path / "fh/training/rgb/00000002.jpg").write_bytes(b"")
-    with pytest.raises(ValueError, match="00000002.jpg: missing or not a picture"): load_freihand(tmp_path / "fh", 4)
+    with pytest.raises(ValueError, match="00000002.jpg"): load_real("freihand", tmp_path / "fh", 4, size=64)
     (tmp_path / "fh/training_K.json").write_text("[[")
-    with pytest.raises(ValueError, match="training_K.json: not JSON"): load_freihand(tmp_path / "fh", 4)
+    with pytest.raises(ValueError, match="training_K.json"): load_real("freihand", tmp_path / "fh", 4, size=64)
+    with pytest.raises(ValueError, match="no folder of that name"): load_real("ho3d", tmp_path / "nowhere", 4)
+
+
+def test_ho3d_layout_learns_and_is_scored(tmp_path):
+    write_layout("ho3d", tmp_path / "ho", 8, evaluation=4, block=4, progress=False)
+    seen, known = load_real("ho3d", tmp_path / "ho", 8, size=64)
+    assert seen.image.shape[1:] == (3, 64, 64) and not known.mask.any() and known.vertices.isnan().all()      # no masks, no published meshes
+    assert torch.allclose(project(known.joints, seen.K), known.keypoints, atol=1e-2)
+    inside = (seen.keypoints > 0) & (seen.keypoints < 64)
+    assert inside.all(-1)[seen.confidence > 0].float().mean() > 0.95                                          # cropped around the detections
+    hand = proxy_hand(flat_hand_mean=True)
+    meshes = load_real("ho3d", tmp_path / "ho", 8, size=64, hand=hand)[1]
+    assert meshes.vertices.isfinite().all()
+    assert (meshes.vertices.mean(1) - meshes.joints.mean(1)).norm(dim=-1).max() < 0.05                        # the mesh is where its joints are
+    recipe = replace(TINY, train=TrainConfig(steps=2, batch_size=4))
+    network = S2Hand(SMALL, proxy_hand(n_pca=30, flat_hand_mean=False))
+    learn(network, stages(recipe, seen, 0), progress=False)
+    learn(network, stages(recipe, seen, 0, known), progress=False)                                            # unknown meshes are left out of the supervised loss
+    assert all(p.isfinite().all() for p in network.parameters())
+    assert set(score(predict(network, seen), known)) == {"PA-MPJPE", "MPJPE", "MPJPE from wrist", "AUC", "2D"}
 
 
 # ---- the fit
