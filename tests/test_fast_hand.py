@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mano_fixtures import fabricate
 
-from handrecon.fast_hand import fast_hand, pack_hand, suits
+from handrecon.fast_hand import LANES, fast_hand, pack_hand, runs_of, suits
 from handrecon.mano import HandModel, mirror_arrays
 
 ARRAYS = fabricate()
@@ -178,3 +178,37 @@ def test_shapes_never_reach_the_kernels_unchecked(name, size):
     inputs = draw() | {name: torch.zeros(size)}
     with pytest.raises(ValueError, match=f"{name}: expected shape"):
         fast_hand(HandModel(ARRAYS), **inputs)
+
+
+@given(st.integers(0, 2**31), st.integers(1, 5), st.integers(1, 90), st.sampled_from([0.0, 0.02, 0.3, 1.0]))
+@settings(max_examples=60, deadline=None)
+def test_runs_cover_all_that_is_touched_and_little_else(seed, rows, vertices, share):
+    touched = np.random.default_rng(seed).random((rows, vertices)) < share
+    runs, first = runs_of(touched)
+    assert first[0] == 0 and first[-1] == len(runs) and (runs % LANES == 0).all()
+    for row in range(rows):
+        own = runs[first[row]:first[row + 1]]
+        covered = np.zeros(-(-vertices // LANES) * LANES, bool)
+        for start, stop in own:
+            assert start < stop <= len(covered)
+            covered[start:stop] = True
+        assert covered[:vertices][touched[row]].all()
+        assert (own[1:, 0] - own[:-1, 1] > LANES).all()                     # neither touching nor a block apart
+        assert not len(own) or touched[row, own[0, 0]:own[0, 0] + LANES].any()
+
+
+@pytest.mark.parametrize("n", [1, 3, 16, 17, 18, 35])
+def test_hands_do_not_depend_on_their_neighbours_in_the_batch(n):
+    model, inputs = HandModel(ARRAYS), draw(n)
+    together = with_gradients(model, inputs)[0]
+    for b in {0, n // 2, n - 1}:
+        alone = model(**{k: v[b:b + 1] for k, v in inputs.items()}).vertices
+        assert torch.allclose(together[b:b + 1], alone, atol=1e-6)
+
+
+@pytest.mark.parametrize("n_shape", [0, 1, 2, 9])
+def test_any_number_of_shape_directions(n_shape):
+    arrays = dict(ARRAYS, shapedirs=np.asarray(ARRAYS["shapedirs"])[..., :n_shape])
+    model, exact = HandModel(arrays), HandModel(arrays).double()
+    inputs, double = ({k: v[:, :n_shape].detach().requires_grad_() if k == "shape" else v for k, v in d.items()} for d in (draw(2), draw(2, dtype=torch.float64)))
+    assert_same(with_gradients(model, inputs), with_gradients(exact.plain, double), 5e-6)
