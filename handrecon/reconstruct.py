@@ -6,10 +6,11 @@
 __all__ = ['PICTURE_ENDINGS', 'VIDEO_ENDINGS', 'SMALLEST_SIDE', 'BOX_MARGIN', 'FEWEST_JOINTS', 'DOUBLE', 'HANDS_ABOUT',
            'CHUNK_FRAMES', 'CHUNK_BYTES', 'Frame', 'SHIPPED', 'InputError', 'Source', 'find_sources', 'read_frames',
            'guess_intrinsics', 'mirror_points', 'mirror_intrinsics', 'Hand2D', 'detection_path', 'pair_detections',
-           'without_doubles', 'whole_picture', 'Hand3D', 'reconstruct_hands', 'GrowingArray', 'results_folder',
-           'hand_record', 'SourceWriter', 'in_chunks', 'Summary', 'reconstruct', 'load_network']
+           'without_doubles', 'whole_picture', 'Hand3D', 'crop_observation', 'stack', 'reconstruct_hands', 'guessed',
+           'GrowingArray', 'results_folder', 'hand_record', 'SourceWriter', 'in_chunks', 'Summary', 'reconstruct',
+           'axis_angle_hand', 'load_network']
 
-# %% ../nbs/18_reconstruct.ipynb #cea4bf9f
+# %% ../nbs/18_reconstruct.ipynb #90b6207e
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,13 +31,14 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from .camera import crop_images, crop_intrinsics, crop_points, project, square_box
+from .camera import crop_images, crop_intrinsics, crop_points, project, square_box, uncrop_points
 from .conventions import Observation
 from .keypoints import Detections, read_detections
 from .mano import HandModel
 from .proxy_hand import proxy_hand
-from .s2hand import FitConfig, S2Hand, detection_box, fit_to_detections, load, reprojection_error
+from .s2hand import FitConfig, S2Hand, detect, detection_box, fit_to_detections, load, reprojection_error
 from .rotation import matrix_to_axis_angle
+from .training import load_checkpoint
 from .viz import overlay, read_picture, save_picture, write_glb
 
 # %% ../nbs/18_reconstruct.ipynb #45722cde
@@ -285,13 +287,20 @@ class Hand3D:
     error_after: float | None
     detected_size: float | None                 # longer side of the detected joints' tight box, pixels
 
-# %% ../nbs/18_reconstruct.ipynb #f9cbc093
-def _crop_observation(picture: UInt8[np.ndarray, "H W 3"], K: Float[Tensor, "3 3"], hand: Hand2D, size: int, pixels: bool) -> Observation:
+# %% ../nbs/18_reconstruct.ipynb #71f89512
+def crop_observation(
+    picture: UInt8[np.ndarray, "H W 3"] | None,  # None: only with `pixels` false
+    K: Float[Tensor, "3 3"],
+    hand: Hand2D,
+    size: int,
+    pixels: bool,
+) -> Observation:
     "The crop of one hand as a right hand's: mirrored for a left one. Without `pixels` the image stays black (a fit does not look at it)."
     box, left = hand.box[None], hand.side == "left"
     image = torch.zeros(1, 3, size, size)
     if pixels:
-        image = crop_images(torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 255, box, size)
+        part, corner = _around(picture, hand.box)
+        image = crop_images(torch.from_numpy(part).permute(2, 0, 1)[None].float() / 255, box - torch.cat([corner, corner]), size)
     inner = crop_intrinsics(K[None], box, size)
     xy, confidence = torch.zeros(1, 21, 2), torch.zeros(1, 21)
     if hand.xy is not None:
@@ -301,11 +310,31 @@ def _crop_observation(picture: UInt8[np.ndarray, "H W 3"], K: Float[Tensor, "3 3
         image, inner, xy = image.flip(-1), mirror_intrinsics(inner, size), mirror_points(xy, size)
     return Observation(image, inner, xy * (confidence > 0)[..., None], confidence)
 
-# %% ../nbs/18_reconstruct.ipynb #6bd7d78f
-def _stack(observations: list[Observation]) -> Observation:
+# %% ../nbs/18_reconstruct.ipynb #9b6c8b80
+def _around(picture: UInt8[np.ndarray, "H W 3"], box: Float[Tensor, "4"]) -> tuple[UInt8[np.ndarray, "h w 3"], Float[Tensor, "2"]]:
+    "The part of a picture that a crop can see, and its corner: a large picture need not become floats."
+    height, width = picture.shape[:2]
+    x0, y0, x1, y1 = box.tolist()
+    rim = 2 + (x1 - x0) / 32                                      # the resampling filter looks beyond the box
+    left, top = (min(max(int(v - rim), 0), limit - 1) for v, limit in ((x0, width), (y0, height)))
+    right, bottom = (max(min(int(v + rim) + 1, limit), low + 1) for v, limit, low in ((x1, width, left), (y1, height, top)))
+    return np.ascontiguousarray(picture[top:bottom, left:right]), torch.tensor([float(left), float(top)])
+
+# %% ../nbs/18_reconstruct.ipynb #0d148e45
+def stack(observations: list[Observation]) -> Observation:
+    "Several batches as one."
     return Observation(*(torch.cat([getattr(o, f) for o in observations]) for f in Observation.__dataclass_fields__))
 
-# %% ../nbs/18_reconstruct.ipynb #e5d798b7
+# %% ../nbs/18_reconstruct.ipynb #83fdd824
+def _look_for_joints(network: S2Hand, observed: Observation, hands: list[Hand2D]) -> tuple[Observation, list[Hand2D]]:
+    "Where nobody has detected anything, the network's own 2D branch does: joints in the crops, and in the whole pictures."
+    size = observed.image.shape[-1]
+    xy, confidence = detect(network, observed.image)
+    left = torch.tensor([hand.side == "left" for hand in hands])[:, None, None]
+    whole = uncrop_points(torch.where(left, mirror_points(xy, size), xy), torch.stack([hand.box for hand in hands]), size)
+    return replace(observed, keypoints=xy, confidence=confidence), [replace(h, xy=p, confidence=c) for h, p, c in zip(hands, whole, confidence)]
+
+# %% ../nbs/18_reconstruct.ipynb #e5d4de5d
 def reconstruct_hands(
     frames: list[UInt8[np.ndarray, "_ _ 3"]],  # the picture of each hand
     K: list[Float[Tensor, "3 3"]],             # its camera
@@ -322,12 +351,14 @@ def reconstruct_hands(
         raise ValueError("without a network a hand can only be fitted to detections: give a checkpoint or detections")
     model = proxy_hand() if network is None else network.hand
     size = 224 if network is None else network.config.image_size
-    observed = _stack([_crop_observation(f, k, h, size, network is not None) for f, k, h in zip(frames, K, hands)])
+    observed = stack([crop_observation(f, k, h, size, network is not None) for f, k, h in zip(frames, K, hands)])
+    if not detected and fit and network is not None and network.branch is not None:
+        (observed, hands), detected = _look_for_joints(network, observed, hands), True
     output = None
     if network is not None:
         with torch.inference_mode(False), torch.no_grad():
             output = network.eval()(observed.image, observed.K, with_image=False)
-    found = _fitted(observed, model, output, config) if detected and fit else _as_guessed(observed, model, output)
+    found = _fitted(observed, model, output, config) if detected and fit else guessed(observed, model, output)
     return [_to_picture(found, i, hands[i], K[i], size) for i in range(len(hands))]
 
 # %% ../nbs/18_reconstruct.ipynb #6b6583b6
@@ -340,8 +371,8 @@ def _fitted(observed: Observation, model: HandModel, output, config: FitConfig) 
     return {"mesh": found.mesh, "pose": found.pose, "shape": found.shape, "rotation": found.rotation, "translation": found.translation,
             "scale": torch.ones(len(found.pose)), "before": before, "after": found.error_after}
 
-# %% ../nbs/18_reconstruct.ipynb #215e840a
-def _as_guessed(observed: Observation, model: HandModel, output) -> dict:
+# %% ../nbs/18_reconstruct.ipynb #11e083a4
+def guessed(observed: Observation, model: HandModel, output) -> dict:
     "The network's answer in the same terms: rotation about the wrist, then scale, then translation."
     scale = output.code.scale[:, 0].abs()
     wrist = model(torch.zeros_like(output.code.pose), output.code.shape).joints[:, 0]
@@ -430,7 +461,7 @@ HANDS_ABOUT = (
     "21 joints in FreiHAND order. vertices = flip(scale * H(pose, shape, rotation) + translation): H is the right hand model, turned about its wrist, and flip is x -> -x "
     "where mirrored is true. error_px is the median distance of projected to detected joints, error_of_box the same over the longer side of the detected joints' box.")
 
-# %% ../nbs/18_reconstruct.ipynb #a27fcb94
+# %% ../nbs/18_reconstruct.ipynb #3418e6e0
 class SourceWriter:
     "Results of one source, written as they come; `close` finishes them."
 
@@ -477,19 +508,19 @@ class SourceWriter:
         padded = cv2.copyMakeBorder(canvas, 0, height - canvas.shape[0], 0, width - canvas.shape[1], cv2.BORDER_REPLICATE)
         self.video.write(cv2.cvtColor(padded, cv2.COLOR_RGB2BGR))
 
-    def close(self) -> dict:
-        "Finish the files; the source's own entry in hands.json."
+    def close(self, extra: dict | None = None) -> dict:
+        "Finish the files; the source's own entry in hands.json. `extra`: the animation's entries, which stand in for single meshes."
         if self.video is not None:
             self.video.release()
         self.array.close()
         meshes = []
-        for i, (_, frame, hand) in sorted(self.best.items()):
+        for i, (_, frame, hand) in sorted(self.best.items()) if extra is None else ():
             name = f"{self.source.name}.glb" if i == 0 else f"{self.source.name}.hand{i + 1}.glb"
             write_glb(self.work / name, hand.vertices, self.faces_of(hand.side))
             meshes.append({"file": name, "frame": frame, "side": hand.side})
         self._pack()
         s = self.source
-        return {"name": s.name, "file": s.path.name, "width": s.width, "height": s.height, "frames": s.frames, "fps": s.fps, "hands": self.hands, "meshes": meshes}
+        return {"name": s.name, "file": s.path.name, "width": s.width, "height": s.height, "frames": s.frames, "fps": s.fps, "hands": self.hands, "meshes": meshes, **(extra or {})}
 
     def _pack(self) -> None:
         "Vertices and both windings of the faces as one .npz."
@@ -531,7 +562,7 @@ def _reconstruct_chunk(chunk: list[Frame], focal: float | None, network: S2Hand 
         frames[i].append(hand)
     return frames
 
-# %% ../nbs/18_reconstruct.ipynb #91cf487d
+# %% ../nbs/18_reconstruct.ipynb #efa1d8ac
 @dataclass(frozen=True)
 class Summary:
     "What came out of one source; errors are medians over its hands, in pixels and as a part of the joints' box."
@@ -540,6 +571,7 @@ class Summary:
     frames_with_hand: int
     before: tuple[float, float] | None
     after: tuple[float, float] | None
+    adaptation: str = ""
 
     def __str__(self) -> str:
         what = f"{self.hands} hand{'s' * (self.hands != 1)}"
@@ -547,17 +579,17 @@ class Summary:
             what += f" in {self.frames_with_hand} of {self.source.frames} frames"
         said = lambda e: f"{e[0]:.1f} px ({100 * e[1]:.1f} % of the box)"
         error = "".join(f", {when} {said(e)}" for when, e in (("2D error before the fit", self.before), ("after", self.after)) if e)
-        return f"{self.source.name}: {what}{error}"
+        return f"{self.source.name}: {what}{error}" + (f"; adapted to the video: {self.adaptation}" if self.adaptation else "")
 
-# %% ../nbs/18_reconstruct.ipynb #3eea5ac5
-def _summary(source: Source, records: list[tuple[int, dict, dict]]) -> Summary:
+# %% ../nbs/18_reconstruct.ipynb #ad57e50a
+def _summary(source: Source, records: list[tuple[int, dict, dict]], adaptation: str = "") -> Summary:
     "Medians of the records (frame, error in pixels, error of the box)."
     def median(when: str):
         pairs = [(px[when], of_box[when]) for _, px, of_box in records if px[when] is not None]
         return tuple(float(x) for x in np.median(pairs, axis=0)) if pairs else None
-    return Summary(source, len(records), len({frame for frame, _, _ in records}), median("before"), median("after"))
+    return Summary(source, len(records), len({frame for frame, _, _ in records}), median("before"), median("after"), adaptation)
 
-# %% ../nbs/18_reconstruct.ipynb #1817fb98
+# %% ../nbs/18_reconstruct.ipynb #b456dcb5
 def reconstruct(
     inputs: Sequence[str | os.PathLike],             # pictures, videos, folders of them
     out: str | os.PathLike,                          # folder for the results
@@ -570,6 +602,7 @@ def reconstruct(
     config: FitConfig = FitConfig(),
     checkpoint: str | None = None,                   # a name for the network, for the record
     progress: bool = True,
+    adapt: int = 0,                                  # steps of fine-tuning on each video's own pictures and detections
 ) -> list[Summary]:
     "Reconstruct every hand and write the results to `out`. Raises `InputError` for what cannot be used, before any work and with nothing written."
     if side not in ("auto", "right", "left"):
@@ -584,22 +617,64 @@ def reconstruct(
         raise InputError("meshes are written as GLB by trimesh, which is not installed: pip install 'handrecon[mesh]'")
     if network is None and not fit:
         raise InputError("without a network and without a fit nothing is left to do: give a checkpoint, or allow the fit")
+    if adapt < 0 or adapt and (network is None or detections is None):
+        raise InputError("adapting needs a network to begin with, detections to learn from, and a number of steps")
     sources = find_sources(inputs)
+    if adapt and not any(s.is_video for s in sources):
+        raise InputError("adapting needs a video: a single picture has no motion to learn from")
     hands = [pair_detections(s, detections, side) if detections is not None else whole_picture(s, box, side) for s in sources]
     model = proxy_hand() if network is None else network.hand
     with results_folder(out) as work:
-        return _write_all(work, in_chunks(sources, hands), sources, model, checkpoint, progress,
-                          lambda chunk: _reconstruct_chunk(chunk, focal, network, fit, config))
+        videos = {}
+        for source, found in zip(sources, hands):
+            if source.is_video:
+                from handrecon.video import solve_video           # which is built on this lesson
+                videos[source.name] = solve_video(source, found, network, model, focal, fit, config, adapt_steps=adapt, progress=progress,
+                                                  options=(detections, side, box, checkpoint))
+        summaries = _write_all(work, in_chunks(sources, hands), sources, model, checkpoint, progress, videos,
+                               lambda chunk: _reconstruct_chunk(chunk, focal, network, fit, config))
+    for video in videos.values(): video.keep.forget()
+    return summaries
 
-# %% ../nbs/18_reconstruct.ipynb #73af73d4
-def _write_all(work: Path, chunks: Iterable[list[Frame]], sources: list[Source], model: HandModel, checkpoint: str | None, progress: bool, solve) -> list[Summary]:
-    "Run the stream and write every file; one source's files are finished before the next one's begin."
+# %% ../nbs/18_reconstruct.ipynb #ced5a2bc
+def axis_angle_hand(model: HandModel) -> HandModel:
+    "The same hand, posed by axis-angle relative to the flat hand."
+    if model.n_pca is None and model.flat_hand_mean: return model
+    return HandModel({name: getattr(model, name).cpu() for name in model.ARRAYS}, model.side, fingertips=model.fingertips)
+
+# %% ../nbs/18_reconstruct.ipynb #3cef8491
+def _write_all(work: Path, chunks: Iterable[list[Frame]], sources: list[Source], model: HandModel, checkpoint: str | None, progress: bool,
+               videos: dict, solve) -> list[Summary]:
+    "Run the stream and write every file; one source's files are finished before the next one's begin. `videos` are solved already."
     from tqdm import tqdm
     entries, summaries, records, writer = [], [], [], None
 
     def finish():
-        entries.append(writer.close())
-        summaries.append(_summary(writer.source, records))
+        extra, adaptation = None, ""
+        if writer.source.name in videos:
+            from handrecon.video import finish_video
+            result = videos[writer.source.name]
+            extra = {"meshes": finish_video(result, writer.source, work, model)}
+            if result.adaptation:
+                adaptation = str(result.adaptation)
+                extra["adaptation"] = {"before": result.adaptation.before, "after": result.adaptation.after}
+        entries.append(writer.close(extra))
+        summaries.append(_summary(writer.source, records, adaptation))
+
+    def found(chunk: list[Frame]) -> Iterator[list[Hand3D]]:
+        "Hands of a chunk's frames, in order."
+        pictures = [item for item in chunk if item[0].name not in videos]
+        solved = iter(solve(pictures))
+        for source in dict.fromkeys(source for source, _, _ in chunk):
+            count = sum(s is source for s, _, _ in chunk)
+            if source.name not in videos: yield from (next(solved) for _ in range(count))
+            else:
+                first = done.get(source.name, 0)
+                done[source.name] = first + count
+                yield from videos[source.name].at(range(first, first + count), plain)
+
+    done: dict[str, int] = {}
+    plain = axis_angle_hand(model)
 
     with ExitStack() as stack:
         bar = stack.enter_context(tqdm(total=sum(s.frames for s in sources), unit="frame", disable=None if progress else True))
@@ -607,7 +682,7 @@ def _write_all(work: Path, chunks: Iterable[list[Frame]], sources: list[Source],
         file.write(json.dumps({"about": HANDS_ABOUT, "checkpoint": checkpoint})[:-1] + ',\n"hands": [')
         first = True
         for chunk in chunks:
-            for (source, picture, _), hands in zip(chunk, solve(chunk)):
+            for (source, picture, _), hands in zip(chunk, found(chunk)):
                 if writer is None or writer.source is not source:
                     if writer is not None:
                         finish()
@@ -624,13 +699,16 @@ def _write_all(work: Path, chunks: Iterable[list[Frame]], sources: list[Source],
 # %% ../nbs/18_reconstruct.ipynb #d31ef8ac
 SHIPPED = Path(str(files("handrecon"))) / "assets" / "s2hand.safetensors"
 
-# %% ../nbs/18_reconstruct.ipynb #1fb66ca3
+# %% ../nbs/18_reconstruct.ipynb #3a36202f
 def load_network(
     checkpoint: str | os.PathLike | None = None,  # None: the one that was shipped, if any
     needed: bool = False,                         # is there no way without one?
 ) -> tuple[S2Hand | None, str | None]:            # and what to call it
     "The network to start from. Raises `ValueError` for a file that is broken or another system's, `InputError` where one is needed and none there."
     if checkpoint is not None:
+        if load_checkpoint(checkpoint).meta["system"] == "s2hand_video":
+            from handrecon.s2hand_video import VideoConfig, load as load_video
+            return load_video(checkpoint, video=VideoConfig()), Path(checkpoint).name   # an orthographic one places its hands by their size
         return load(checkpoint), Path(checkpoint).name
     if SHIPPED.is_file():
         return load(SHIPPED), "s2hand"

@@ -270,3 +270,26 @@ def test_an_error_in_the_middle_leaves_nothing(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             R.reconstruct([photo], out, detections=tmp_path / "det", config=QUICK, progress=False)
     assert not (tmp_path / "new").exists() and os.listdir(tmp_path / "old") == ["mine.txt"]
+
+
+# ---- no detections, but a network with a 2D branch
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_the_network_s_own_2d_branch_feeds_the_fit(monkeypatch, side):
+    "A branch that is told the true joints: the fit must follow it, in the picture's own pixels, whichever hand it is."
+    from handrecon import reconstruct as module
+    from handrecon.reconstruct import Hand2D, reconstruct_hands
+    from handrecon.synthetic import SyntheticConfig, make_batch
+    seen, known = make_batch(1, seed=4, config=SyntheticConfig(image_size=128, view_spread=0.2, occluder=0.0))
+    torch.manual_seed(0)
+    network = S2Hand(S2HandConfig(backbone="small", image_size=64, rotation="6d", canonical_focal=2.14, z_bias=0.45, bone_length=0.0,
+                                  branch_stacks=1, branch_modules=1, branch_width=8, branch_depth=1), proxy_hand(n_pca=30, flat_hand_mean=False))
+    monkeypatch.setattr(module, "detect", lambda model, image: (known.keypoints * 64 / 128, torch.ones(1, 21)))
+    picture = (seen.image[0].permute(1, 2, 0).numpy() * 255).astype(np.uint8)
+    K, truth = seen.K[0].clone(), known.keypoints[0].clone()
+    if side == "left": picture, K[0, 2], truth[:, 0] = picture[:, ::-1].copy(), 128 - K[0, 2], 128 - truth[:, 0]
+    quick = FitConfig(steps=60, starts=6)
+    (hand,) = reconstruct_hands([picture], [K], [Hand2D(torch.tensor([0.0, 0.0, 128.0, 128.0]), side)], network, config=quick)
+    assert hand.score == 1 and (hand.keypoints - truth).norm(dim=-1).median() < 4 and hand.error_after < hand.error_before
+    (guess,) = reconstruct_hands([picture], [K], [Hand2D(torch.tensor([0.0, 0.0, 128.0, 128.0]), side)], network, fit=False)
+    assert guess.error_after is None and guess.detected_size is None                     # --no-fit: the network's answer as it is
