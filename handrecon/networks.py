@@ -50,7 +50,7 @@ def _library_model(spec: BackboneSpec) -> nn.Module:
         return ResNetModel(ResNetConfig(**spec.geometry))
     return EfficientNetModel(EfficientNetConfig(**spec.geometry, drop_connect_rate=0.0))
 
-# %% ../nbs/11_networks.ipynb #b980bcda
+# %% ../nbs/11_networks.ipynb #6e7df68f
 class Backbone(nn.Module):
     "A picture in, one feature vector and one low-level map out."
 
@@ -64,8 +64,9 @@ class Backbone(nn.Module):
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None], persistent=False)  # ImageNet
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None], persistent=False)
         with torch.no_grad():
-            features, low = self.eval()(torch.zeros(1, 3, 64, 64))
-        self.feature_dim, self.low_dim, self.low_stride = features.shape[1], low.shape[1], 64 // low.shape[-1]
+            features, maps = self.eval().pyramid(torch.zeros(1, 3, 64, 64))
+        self.feature_dim, self.map_dims, self.low_stride = features.shape[1], [x.shape[1] for x in maps], 64 // maps[0].shape[-1]
+        self.low_dim = self.map_dims[0]
         self.train()
 
     def forward(
@@ -73,11 +74,21 @@ class Backbone(nn.Module):
         image: Float[Tensor, "B 3 H W"],  # RGB in [0, 1]
     ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C2 h w"]]:
         "Global features, and the low-level map of `low_stride` pixels a cell."
+        features, maps = self.pyramid(image)
+        return features, maps[0].contiguous()
+
+    def pyramid(
+        self,
+        image: Float[Tensor, "B 3 H W"],  # RGB in [0, 1]
+    ) -> tuple[Float[Tensor, "B C"], list[Float[Tensor, "B _ _ _"]]]:
+        "Global features, and the low-level map followed by the last map of each coarser resolution."
         if image.ndim != 4 or image.shape[1] != 3 or min(image.shape[2:]) < 32:
             raise ValueError(f"image: expected shape (B, 3, H, W) with H and W at least 32, found {tuple(image.shape)}")
         x = ((image - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         out = self.body(x, output_hidden_states=True)
-        return out.pooler_output.flatten(1), out.hidden_states[BACKBONES[self.name].low_index].contiguous()
+        low, *later = out.hidden_states[BACKBONES[self.name].low_index:]
+        coarser = {x.shape[-2:]: x for x in later if x.shape[-2:] != low.shape[-2:]}   # the last of each size stays
+        return out.pooler_output.flatten(1), [low, *coarser.values()]
 
 # %% ../nbs/11_networks.ipynb #295ddc93
 def _read_weights(path: Path) -> dict[str, Tensor]:
@@ -146,7 +157,7 @@ def make_backbone(
         _load_weights(backbone, weights)
     return backbone.to(memory_format=torch.channels_last)
 
-# %% ../nbs/11_networks.ipynb #dc2e818e
+# %% ../nbs/11_networks.ipynb #b7833fcd
 class HandCode(NamedTuple):
     "Geometry: what the hand model needs to stand in front of the camera."
     pose: Float[Tensor, "B P"]         # coefficients of the hand model's pose components (30 in the paper)
@@ -154,6 +165,7 @@ class HandCode(NamedTuple):
     scale: Float[Tensor, "B 1"]        # 1 = the model's own size
     rotation: Float[Tensor, "B 3"]     # axis-angle, radians
     translation: Float[Tensor, "B 3"]  # camera axes, metres
+    points: Float[Tensor, "B J 2"] | None = None  # where an encoder with `points` sees the joints, in picture widths and heights
 
 # %% ../nbs/11_networks.ipynb #667780a1
 def mlp(
@@ -215,7 +227,7 @@ class AppearanceHead(nn.Module):
         x = self.features(low)
         return Appearance(torch.tanh(self.texture(x).unflatten(1, (-1, 3)) + self.skin), self.light(x))
 
-# %% ../nbs/11_networks.ipynb #c283d988
+# %% ../nbs/11_networks.ipynb #5d5c7017
 class HandEncoder(nn.Module):
     "Picture to `HandCode` and, if `n_texture` is given, `Appearance` (S²HAND §3.1)."
 
@@ -230,13 +242,15 @@ class HandEncoder(nn.Module):
         z_bias: float = 0.65,               # metres
         scale_bias: float = 0.95,
         rotation: str = "axis-angle",       # or "6d"
+        points: nn.Module | None = None,    # pyramid to (points, features): read beside the global features; None: as the paper
     ):
         super().__init__()
         if rotation not in ("axis-angle", "6d"):
             raise ValueError(f"rotation: expected 'axis-angle' or '6d', found {rotation!r}")
         self.backbone = make_backbone(backbone, weights) if isinstance(backbone, str) else backbone
         self.image_size = image_size
-        self.geometry = GeometryHead(self.backbone.feature_dim, n_pose, n_shape, z_bias, scale_bias, rotation)
+        self.points = points
+        self.geometry = GeometryHead(self.backbone.feature_dim + (points.feature_dim if points else 0), n_pose, n_shape, z_bias, scale_bias, rotation)
         map_size = image_size // self.backbone.low_stride
         self.appearance = AppearanceHead(self.backbone.low_dim, map_size, n_texture) if n_texture else None
 
@@ -248,6 +262,8 @@ class HandEncoder(nn.Module):
         if self.appearance and image.shape[2:] != (self.image_size, self.image_size):
             raise ValueError(f"image: expected {self.image_size} × {self.image_size} pixels as this encoder was made for, "
                              f"found {image.shape[-1]} × {image.shape[-2]}")
-        features, low = self.backbone(image)
+        features, maps = self.backbone.pyramid(image)
+        points, local = self.points(maps) if self.points else (None, features[:, :0])
         with torch.autocast(image.device.type, enabled=False):  # 8 bits of mantissa would move the hand by millimetres
-            return self.geometry(features.float()), self.appearance(low.float()) if self.appearance else None
+            code = self.geometry(torch.cat([features.float(), local.float()], 1))._replace(points=points)
+            return code, self.appearance(maps[0].float().contiguous()) if self.appearance else None

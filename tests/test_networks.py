@@ -156,12 +156,12 @@ def test_first_prediction_is_the_mean_hand_in_front(rotation):
     torch.manual_seed(0)
     encoder = HandEncoder("small", n_pose=12, n_shape=10, n_texture=50, image_size=64, z_bias=0.5, scale_bias=1.1, rotation=rotation)
     code, appearance = encoder(torch.rand(8, 3, 64, 64))
-    assert [tuple(c.shape) for c in code] == [(8, 12), (8, 10), (8, 1), (8, 3), (8, 3)]
+    assert [tuple(c.shape) for c in code[:5]] == [(8, 12), (8, 10), (8, 1), (8, 3), (8, 3)]
     assert max(c.abs().max() for c in (code.pose, code.shape, code.rotation)) < 0.1
     assert torch.allclose(code.scale, torch.tensor(1.1), atol=0.02) and torch.allclose(code.translation, torch.tensor([0, 0, 0.5]), atol=0.02)
     assert appearance.texture.shape == (8, 50, 3) and torch.allclose(appearance.texture, torch.tensor(MEAN_SKIN).tanh(), atol=0.05)
     assert torch.allclose(appearance.light, torch.tensor(FRONT_LIGHT), atol=0.05)
-    sum(c.square().sum() for c in (*code, *appearance)).backward()
+    sum(c.square().sum() for c in (*code[:5], *appearance)).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in encoder.parameters())
 
 
@@ -190,7 +190,7 @@ def test_heads_stay_in_float32_under_autocast():
         with torch.autocast("cpu", torch.bfloat16):
             assert encoder.backbone(image)[0].dtype == torch.bfloat16
             code, appearance = encoder(image)
-    assert all(t.dtype == torch.float32 for t in (*code, *appearance))
+    assert all(t.dtype == torch.float32 for t in (*code[:5], *appearance))
     assert (code.translation - exact.translation).abs().max() < 5e-4  # metres; bfloat16 heads would round z by up to 2e-3
 
 
