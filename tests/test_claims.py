@@ -1,0 +1,295 @@
+"""The ledger: verdicts follow from numbers, records cannot lie, the page is fresh, missing runs are made once."""
+import json
+import math
+import multiprocessing
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from handrecon import claims as C
+from handrecon.claims import (WORDS, Claim, Measured, Run, all_claims, all_of, close, command, expected_config, find_claims, ledger_row, measure,
+                              missing_runs, ordering, page, ratio_at_least, ratio_at_most, read_record, read_records, record_path, run_claim, update, within)
+from handrecon.runs import RunError, config_hash
+
+ROOT = Path(__file__).parent.parent
+NUMBER = st.floats(0.1, 100)
+SEEDED = st.lists(NUMBER, min_size=1, max_size=5).map(lambda x: Measured(dict(enumerate(x))))
+
+TOY = Claim(
+    id="toy", system="s2hand", sentence="A | B", where="Table 0", paper={"a, mm": 12.0, "b, mm": 13.0, "c": "better"}, seeds=2,
+    runs=(Run("with", "smoke"), Run("without it", "smoke", {"w_ori": 0.0, "backbone": "small"})),
+    ours={"a, mm": "with:self-supervised/PA-MPJPE", "b, mm": "without it:self-supervised/PA-MPJPE"}, verdict=ordering("a, mm", "b, mm"), seconds=5)
+
+
+def fake(system, profile, dataset, data_root, overrides, out, seed, resume):
+    "Stands in for `reproduce`."
+    error = (11.0 if overrides else 10.0) + 0.1 * seed
+    return C.runs.describe(system, profile, dataset, seed, C.runs.resolve(system, profile, overrides)) | {
+        "version": "0", "commit": "e" * 40 + "+changes", "device": "cpu", "seconds": 3.0, "metrics": {"self-supervised": {"PA-MPJPE": error}}, "data_root": "/secret"}
+
+
+@pytest.fixture
+def done(tmp_path, monkeypatch):
+    "A ledger whose toy claim is complete."
+    monkeypatch.setattr(C, "reproduce", fake)
+    assert run_claim(TOY, tmp_path / "results", tmp_path / "runs", say=lambda _: None) == []
+    return tmp_path / "results"
+
+
+# ── judges ──────────────────────────────────────────────────────────────────
+
+@given(SEEDED)
+def test_mean_and_spread(m):
+    import statistics
+    values = list(m.values.values())
+    assert m.mean == pytest.approx(sum(values) / len(values))
+    assert math.isnan(m.spread) if len(values) == 1 else m.spread == pytest.approx(statistics.stdev(values))
+
+
+@given(SEEDED, SEEDED)
+def test_ordering_cannot_hold_both_ways(a, b):
+    words = {ordering("a", "b")({"a": a, "b": b}).word, ordering("b", "a")({"a": a, "b": b}).word}
+    assert "not reproduced" in words and words <= set(WORDS[:3])
+
+
+@given(SEEDED, SEEDED)
+def test_one_seed_is_never_enough(a, b):
+    first = {"a": Measured({0: a.values[0]}), "b": Measured({0: b.values[0]})}
+    for judge in (ordering("a", "b"), ratio_at_most("a", "b", 1.1), ratio_at_least("a", "b", 0.9), within("a", 0, 1000), close("a", "b", 1000)):
+        assert judge(first).word != "reproduced" and "one seed" in judge(first).because
+
+
+@given(SEEDED, NUMBER, st.sampled_from([0.25, 2.0, 1024.0]))
+def test_verdicts_do_not_depend_on_the_unit(a, shift, unit):
+    ours = {"a": a, "b": Measured({s: v + shift for s, v in a.values.items()})}
+    other = {label: Measured({s: v * unit for s, v in m.values.items()}) for label, m in ours.items()}   # a power of two: exact
+    for judge in (ordering("a", "b"), ratio_at_most("a", "b", 0.7), ratio_at_least("a", "b", 0.7)):
+        assert judge(ours).word == judge(other).word
+
+
+@pytest.mark.parametrize("a, b, word", [
+    ([10, 14, 12], [11, 15, 13], "reproduced"),          # seeds differ more than the two do, but in the same way
+    ([10, 10, 10], [11, 11, 9.9], "direction only"),     # one seed says no
+    ([10, 10, 10], [10.1, 10.1, 14], "direction only"),  # inside the spread
+    ([10], [99], "direction only"), ([10, 10], [10, 10], "not reproduced"), ([11, 11, 11], [10, 10, 10], "not reproduced")])
+def test_ordering(a, b, word):
+    verdict = ordering("a", "b")({"a": Measured(dict(enumerate(a))), "b": Measured(dict(enumerate(b)))})
+    assert verdict.word == word and "b − a" in verdict.because
+
+
+@pytest.mark.parametrize("judge, word", [
+    (ratio_at_most("a", "b", 0.9), "reproduced"), (ratio_at_most("a", "b", 0.5), "direction only"), (ratio_at_most("b", "a", 0.9), "not reproduced"),
+    (ratio_at_most("b", "a", 1.3), "reproduced"), (ratio_at_most("b", "a", 1.1), "not reproduced"),
+    (ratio_at_least("b", "a", 1.2), "reproduced"), (ratio_at_least("b", "a", 3), "direction only"), (ratio_at_least("a", "b", 1), "not reproduced"),
+    (within("a", 7, 9), "reproduced"), (within("a", high=8.0), "direction only"), (within("a", low=9), "not reproduced"),
+    (close("a", "b", 2.5), "reproduced"), (close("a", "b", 1), "not reproduced"),
+    (all_of(within("a", 7, 9), ratio_at_most("a", "b", 0.5)), "direction only"), (all_of(within("a", 7, 9), within("z")), "not run")])
+def test_judges(judge, word):
+    ours = {"a": Measured({0: 8.1, 1: 7.8, 2: 8.0}), "b": Measured({0: 10.0, 1: 9.8, 2: 10.1})}
+    assert judge(ours).word == word, judge(ours)
+
+
+def test_only_common_seeds_count():
+    verdict = ordering("a", "b")({"a": Measured({0: 1.0, 1: 50.0}), "b": Measured({0: 2.0, 2: 3.0})})
+    assert verdict.word == "direction only" and "one seed" in verdict.because
+    assert ordering("a", "b")({"a": Measured({0: 1.0}), "b": Measured({1: 2.0})}).word == "not run"
+
+
+# ── records ─────────────────────────────────────────────────────────────────
+
+def test_record_of_the_command_is_accepted(done):
+    path = record_path(done, TOY, TOY.runs[1], 1)
+    record = read_record(path, expected_config(TOY, TOY.runs[1], 1))
+    assert record["seed"] == 1 and set(record) == set(C.RECORD) and "/secret" not in path.read_text()
+    assert sorted(p.name for p in done.glob("toy/*")) == ["with-seed0.json", "with-seed1.json", "without it-seed0.json", "without it-seed1.json"]
+
+
+def _rehashed(record): return record | {"hash": config_hash({name: record[name] for name in C.FIELDS})}
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda r: r | {"hash": "0" * 12}, "changed by hand"),
+    (lambda r: r | {"seed": 7}, "changed by hand"),
+    (lambda r: _rehashed(r | {"profile": "quick"}), "profile is \"quick\", now \"smoke\""),
+    (lambda r: _rehashed(r | {"settings": r["settings"] | {"n_eval": 1}}), "n_eval is 1, now"),
+    (lambda r: _rehashed(r | {"settings": {k: v for k, v in r["settings"].items() if k != "turn"}}), "turn is absent, now"),
+    (lambda r: _rehashed(r | {"settings": r["settings"] | {"gone": 1}}), "gone is 1, now absent"),
+    (lambda r: {k: v for k, v in r.items() if k != "commit"}, "no commit"), (lambda r: [], "something else"), (lambda r: "text", "something else")])
+def test_record_that_lies_is_refused(done, damage, words):
+    path = record_path(done, TOY, TOY.runs[0], 0)
+    path.write_text(json.dumps(damage(json.loads(path.read_text()))))
+    with pytest.raises(RunError) as problem: read_record(path, expected_config(TOY, TOY.runs[0], 0))
+    assert words in str(problem.value) and str(path) in str(problem.value) and "expected" in str(problem.value) and "\n" not in str(problem.value)
+    row = ledger_row(TOY, done)
+    assert row["refused"] == [str(problem.value)] and row["records"] == 3
+    assert row["verdict"] == "direction only" and "one seed" in row["because"]      # the other seed still counts
+    assert [(run.name, seed) for run, seed in missing_runs(TOY, done)] == [("with", 0)]
+
+
+def test_record_that_is_no_json_is_refused(done):
+    path = record_path(done, TOY, TOY.runs[0], 0)
+    path.write_text(path.read_text()[:-9])
+    assert "not JSON" in read_records(TOY, done)[1][0]
+
+
+def test_a_metric_that_is_not_there_is_a_sentence(done):
+    row = ledger_row(replace(TOY, ours={**TOY.ours, "b, mm": "without it:self-supervised/PA-MPJPEE"}), done)
+    assert row["verdict"] == "not run" and "did you mean 'PA-MPJPE'?" in row["refused"][0]
+    path = record_path(done, TOY, TOY.runs[0], 0)
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"metrics": {"self-supervised": {"PA-MPJPE": math.nan}}}))
+    assert "expected a number" in measure(TOY, read_records(TOY, done)[0])[1][0]
+
+
+def test_no_records_no_verdict(tmp_path):
+    row = ledger_row(TOY, tmp_path)
+    assert (row["verdict"], row["ours"], row["records"]) == ("not run", {}, 0) and "handrecon claims --run toy" in row["because"]
+    gone = ledger_row(replace(TOY, runs=(Run("with", "smoek"), TOY.runs[1])), tmp_path)
+    assert gone["verdict"] == "not run" and "did you mean 'smoke'?" in gone["because"]
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(id="Toy one"), "id"), (dict(seeds=0), "one seed"), (dict(runs=(Run("with"), Run("with"))), "once"), (dict(ours={"a": "wiht:x"}), "did you mean 'with'?")])
+def test_claims_that_cannot_work(change, words):
+    with pytest.raises(ValueError, match=words.replace("?", r"\?")): replace(TOY, **change)
+
+
+# ── running ─────────────────────────────────────────────────────────────────
+
+def test_finished_runs_are_skipped_and_shared(done, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(C, "reproduce", lambda *a: calls.append(a) or fake(*a))
+    said = []
+    assert run_claim(TOY, done, tmp_path / "runs", say=said.append) == [] and not calls and "every record" in said[0]
+    assert run_claim(replace(TOY, id="other"), done, tmp_path / "runs", say=said.append) == [] and not calls
+    assert run_claim(TOY, done, tmp_path / "runs", seeds=3, say=said.append) == []
+    assert [(a[4], a[6], a[7]) for a in calls] == [({}, 2, True), (TOY.runs[1].overrides, 2, True)]
+
+
+def test_a_run_that_fails_does_not_stop_the_others(tmp_path, monkeypatch):
+    def fails_once(*a):
+        if a[6] == 0 and not a[4]: raise RunError("the run stopped with OutOfMemory")
+        return fake(*a)
+    monkeypatch.setattr(C, "reproduce", fails_once)
+    failures = run_claim(TOY, tmp_path / "results", tmp_path / "runs", say=lambda _: None)
+    assert len(failures) == 1 and "OutOfMemory" in failures[0] and "with, seed 0" in failures[0]
+    assert len(list((tmp_path / "results/toy").iterdir())) == 3
+
+
+def _hold(folder, held, release):
+    with C.alone(folder) as mine:
+        assert mine
+        held.set()
+        release.wait(30)
+
+
+def test_two_processes_do_not_make_the_same_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(C, "reproduce", fake)
+    folder = tmp_path / "runs" / f"s2hand-{expected_config(TOY, TOY.runs[0], 0)['hash']}"
+    spawn = multiprocessing.get_context("fork")
+    held, release = spawn.Event(), spawn.Event()
+    other = spawn.Process(target=_hold, args=(folder, held, release))
+    other.start()
+    assert held.wait(30)
+    said = []
+    assert run_claim(TOY, tmp_path / "results", tmp_path / "runs", say=said.append) == []
+    assert any("another process" in line for line in said) and len(list((tmp_path / "results/toy").iterdir())) == 3
+    release.set()
+    other.join()
+    assert run_claim(TOY, tmp_path / "results", tmp_path / "runs", say=said.append) == [] and len(list((tmp_path / "results/toy").iterdir())) == 4
+
+
+def test_a_killed_run_goes_on(tmp_path):
+    "The real thing, smoke-sized: killed in the middle of training, then asked again; other runs of the claim are not needed for that."
+    script = ("import sys\nfrom pathlib import Path\nfrom handrecon.claims import *\nfrom handrecon.claims import Run\n"
+              "claim = Claim('toy', 's2hand', 's', 'w', {}, (Run('only', 'smoke'),), 1, {'a': 'only:self-supervised/PA-MPJPE'}, within('a', 0, 100))\n"
+              "sys.exit(len(run_claim(claim, Path('results'), Path('runs'))))")
+    start = lambda: subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    import time
+    first, began = start(), time.time()
+    while not list(tmp_path.glob("runs/*/self-supervised/*.safetensors")) and first.poll() is None and time.time() - began < 120: time.sleep(0.05)
+    first.kill()
+    first.communicate()
+    assert not (tmp_path / "results").exists()
+    time.sleep(2)
+    folder = next(tmp_path.glob("runs/s2hand-*"))
+    kept = {path.name: path.stat().st_mtime_ns for path in (folder / "self-supervised").glob("*.safetensors")}
+    assert kept
+    out, _ = start().communicate()
+    assert "only, seed 0: done in" in out
+    record = json.loads((tmp_path / "results/toy/only-seed0.json").read_text())
+    assert 0 < record["metrics"]["self-supervised"]["PA-MPJPE"] < 100
+    assert "every record is there" in start().communicate()[0]
+
+
+# ── the page ────────────────────────────────────────────────────────────────
+
+def test_page_shows_what_a_reader_needs(done):
+    text = page([ledger_row(TOY, done)])
+    for part in ("# Claims", "synthetic", "1 claims: 1 reproduced", "### toy", "**reproduced**", "| a, mm | 12 | 10.05 ± 0.071 (2) |", "| c | better | – |", "A \\| B",
+                 command(TOY, TOY.runs[1], 0), "handrecon claims --run toy", "4 of 4 records", "eeeeeeeeee+changes", "Table 0"):
+        assert part in text, part
+    assert command(TOY, TOY.runs[1], 0) == "handrecon reproduce s2hand --profile smoke --set w_ori=0.0 --set backbone=small --seed 0"
+
+
+def test_the_printed_command_makes_the_expected_run():
+    import shlex
+
+    from handrecon.cli import _settings
+    run = Run("x", "smoke", {"w_ori": 2.5, "train.milestones": (0.25, 0.5), "train.steps": 7, "photo_moves_hand": True, "model.texture": "face"})
+    claim = replace(TOY, runs=(run,), ours={}, verdict=within("a"))
+    expected = expected_config(claim, run, 0)
+    words = shlex.split(command(claim, run, 0))
+    changes = _settings([words[i + 1] for i, word in enumerate(words) if word == "--set"])
+    assert C.runs.describe("s2hand", "smoke", "synthetic", 0, C.runs.resolve("s2hand", "smoke", changes)) == expected
+
+
+def test_device_profile_stands_in_its_own_column(done, monkeypatch, tmp_path):
+    monkeypatch.setattr(C, "reproduce", fake)
+    claim = replace(TOY, device_profile="quick")
+    assert ledger_row(claim, done)["device_rows"] is None
+    run_claim(C.at_profile(claim, "quick"), done, tmp_path / "runs", seeds=1, say=lambda _: None)
+    row = ledger_row(claim, done)
+    assert row["records"] == 4 and row["device_rows"]["records"] == 2 and row["device_rows"]["verdict"] == "direction only"
+    text = page([row])
+    assert "ours, quick (seeds)" in text and "| a, mm | 12 | 10.05 ± 0.071 (2) | 10 (1) |" in text and "At the profile quick" in text
+
+
+def test_rows_are_json_and_the_page_is_fresh_or_not(done):
+    handbook = done.parent / "book"
+    (handbook).mkdir()
+    done.rename(handbook / "results")
+    rows = update(handbook, (TOY,))
+    assert json.loads(json.dumps(rows)) == rows and (handbook / C.PICTURE).stat().st_size < 100_000
+    assert set(rows[0]) >= {"id", "verdict", "paper", "ours", "seeds", "command", "commands"}
+    update(handbook, (TOY,), check=True)
+    record_path(handbook / "results", TOY, TOY.runs[0], 1).unlink()
+    with pytest.raises(RunError, match="stale"): update(handbook, (TOY,), check=True)
+
+
+def test_find_claims():
+    assert find_claims("toy", (TOY,)) == find_claims("all", (TOY,)) == (TOY,)
+    with pytest.raises(RunError, match="did you mean 'toy'"): find_claims("ty", (TOY,))
+
+
+# ── the library's own claims ────────────────────────────────────────────────
+
+def test_every_claim_is_judged_by_its_own_labels():
+    claims = all_claims()
+    assert len({claim.id for claim in claims}) == len(claims)
+    for claim in claims:
+        assert claim.system in C.PAPERS and claim.sentence.endswith(".") and claim.where and claim.runs and claim.ours, claim.id
+        verdict = claim.verdict({label: Measured({0: 1.0, 1: 1.1}) for label in claim.ours})
+        assert verdict.word in WORDS[:3], f"{claim.id}: {verdict.because}"
+        for run in claim.runs: assert expected_config(claim, run, 0)["hash"], (claim.id, run.name)
+
+
+def test_the_committed_page_is_fresh():
+    update(ROOT / "handbook", all_claims(), check=True)
+    refused = [sentence for claim in all_claims() for sentence in read_records(claim, ROOT / "handbook/results")[1]]
+    assert not refused, refused
