@@ -99,7 +99,8 @@ def mentioned(text: str, notebook: str) -> set[tuple[str, int]]:
         named = named or [p for p in PAPERS if re.search(PAPERS[p][1], after)]
         for paper in (named or own)[:1]:
             found |= {(paper, n) for n in numbers(*match.groups()) if n in PAPERS[paper][3]}
-    if len(own) == 1: found |= {(own[0], int(n)) for n in re.findall(r"\\tag\{(\d+)\}", text) if int(n) in PAPERS[own[0]][3]}
+    for numbered in re.findall(r"\\(?:tag\{|qquad ?\()([\d, ]+)[})]", text) if own else []:     # beside a displayed formula
+        found |= {(own[0], int(n)) for n in numbered.split(",") if int(n) in PAPERS[own[0]][3]}
     return found
 
 

@@ -47,7 +47,7 @@ def hand() -> str:
 def reproduction() -> str:
     "Each paper's comparisons: the paper's number, ours, and the command that made it."
     text = []
-    rows = [(claim, claims.ledger_row(claim, claims.results_folder())) for claim in claims.all_claims()]
+    rows = [(claim, claims.ledger_row(claim, claims.handbook_folder() / "results")) for claim in claims.all_claims()]
     for system in dict.fromkeys(claim.system for claim, _ in rows):
         lines = []
         for claim, row in rows:

@@ -1,24 +1,13 @@
 """The book: it builds without a warning, nothing in it leads nowhere, and what it says about the code is so."""
-import fcntl
 import importlib
 import json
-import os
 import re
-import subprocess
-import sys
-import time
 from html.parser import HTMLParser
-from pathlib import Path
 from urllib.parse import unquote
 
 import nbformat
 import pytest
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "handbook"))
-import equations  # noqa: E402
-import reference  # noqa: E402
-import stage  # noqa: E402
+from handbook_fixtures import ROOT, built, equations, reference, stage  # noqa: F401
 
 
 class Page(HTMLParser):
@@ -38,26 +27,6 @@ class Page(HTMLParser):
             self.loads.append(a.get("src", ""))
         if tag in ("script", "iframe", "source") and "src" in a: self.loads.append(a["src"])
         if tag == "link" and a.get("rel") in ("stylesheet", "preload", "icon"): self.loads.append(a["href"])
-
-
-def build_book(base):
-    "Built once for all workers that share this session's folder."
-    place = base / "handbook"
-    with open(base / "handbook.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (place / "done.json").exists():
-            began = time.time()
-            stage.stage(place / "source")
-            command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-c", ROOT / "handbook", place / "source", place / "html"]
-            done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
-            (place / "done.json").write_text(json.dumps({"failed": done.returncode, "said": done.stderr, "seconds": time.time() - began}))
-    return place
-
-
-@pytest.fixture(scope="session")
-def built(tmp_path_factory):
-    base = tmp_path_factory.getbasetemp()
-    return build_book(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base)
 
 
 @pytest.fixture(scope="session")
