@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['POSTURES', 'SKIN_TONES', 'PALM_TONES', 'NAIL_TINT', 'MEAN_SKIN', 'posture', 'self_penetration', 'sample_poses',
-           'skin_texture', 'mirror_arrays', 'proxy_hand_arrays', 'proxy_hand', 'sample_shapes', 'sample_textures',
-           'face_colors']
+           'skin_texture', 'proxy_hand_arrays', 'proxy_hand', 'sample_shapes', 'sample_textures', 'face_colors']
 
-# %% ../nbs/03_proxy_hand.ipynb #e84cbe15
+# %% ../nbs/03_proxy_hand.ipynb #04939273
 from functools import lru_cache
 from importlib.resources import files
 from math import pi
@@ -18,7 +17,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from .conventions import joint_limits
-from .mano import HandModel, forward_kinematics
+from .mano import HandModel, forward_kinematics, mirror_arrays
 from .rotation import axis_angle_to_matrix
 
 # %% ../nbs/03_proxy_hand.ipynb #71627034
@@ -171,25 +170,15 @@ def skin_texture(
 def _packaged_arrays() -> dict:
     return load(files("handrecon").joinpath("assets/proxy_hand.safetensors").read_bytes())
 
-# %% ../nbs/03_proxy_hand.ipynb #fee32327
-def mirror_arrays(
-    arrays: dict,       # of one hand
-) -> dict:              # of the other hand
-    "The same hand seen in a mirror: x → −x; an axis-angle keeps its x component and loses the sign of y and z."
+# %% ../nbs/03_proxy_hand.ipynb #303eb188
+def _mirrored(arrays: dict[str, Tensor]) -> dict[str, Tensor]:
+    "All arrays of the other hand: MANO's as `mano.mirror_arrays` has them, and our own points with x → −x."
     out = {name: array.clone() for name, array in arrays.items()}
-    flip = torch.tensor([-1., 1., 1.])
-    for name in ("v_template", "bone_ends", "palm_bones"):
-        out[name] *= flip
-    out["shapedirs"] *= flip[:, None]
-    features = out["posedirs"].unflatten(2, (-1, 3, 3))         # a mirrored rotation is M R M
-    out["posedirs"] = torch.einsum("c,vcjab,a,b->vcjab", flip, features, flip, flip).flatten(2)
-    out["f"] = out["f"].flip(1)
-    sign = torch.tensor([1., -1., -1.]).repeat(15)
-    out["hands_mean"] *= sign
-    out["hands_components"] *= sign
+    for name, array in mirror_arrays(arrays).items(): out[name] = torch.from_numpy(array).to(arrays[name].dtype)
+    for name in ("bone_ends", "palm_bones"): out[name][..., 0] *= -1
     return out
 
-# %% ../nbs/03_proxy_hand.ipynb #717aebcc
+# %% ../nbs/03_proxy_hand.ipynb #a20d3686
 def proxy_hand_arrays(
     side: str = "right",
 ) -> dict[str, Tensor]:
@@ -197,7 +186,7 @@ def proxy_hand_arrays(
     if side not in ("right", "left"):
         raise ValueError(f"side: expected 'right' or 'left', found {side!r}")
     arrays = {name: array.to(torch.float32 if array.is_floating_point() else torch.int64, copy=True) for name, array in _packaged_arrays().items()}
-    return arrays if side == "right" else mirror_arrays(arrays)
+    return arrays if side == "right" else _mirrored(arrays)
 
 # %% ../nbs/03_proxy_hand.ipynb #962a9e84
 def proxy_hand(

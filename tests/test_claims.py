@@ -4,6 +4,7 @@ import math
 import multiprocessing
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -204,27 +205,35 @@ def test_two_processes_do_not_make_the_same_run(tmp_path, monkeypatch):
     assert run_claim(TOY, tmp_path / "results", tmp_path / "runs", say=said.append) == [] and len(list((tmp_path / "results/toy").iterdir())) == 4
 
 
-def test_a_killed_run_goes_on(tmp_path):
-    "The real thing, smoke-sized: killed in the middle of training, then asked again; other runs of the claim are not needed for that."
-    script = ("import sys\nfrom pathlib import Path\nfrom handrecon.claims import *\nfrom handrecon.claims import Run\n"
-              "claim = Claim('toy', 's2hand', 's', 'w', {}, (Run('only', 'smoke'),), 1, {'a': 'only:self-supervised/PA-MPJPE'}, within('a', 0, 100))\n"
-              "sys.exit(len(run_claim(claim, Path('results'), Path('runs'))))")
-    start = lambda: subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
-    import time
-    first, began = start(), time.time()
-    while not list(tmp_path.glob("runs/*/self-supervised/*.safetensors")) and first.poll() is None and time.time() - began < 120: time.sleep(0.05)
-    first.kill()
-    first.communicate()
-    assert not (tmp_path / "results").exists()
-    time.sleep(2)
-    folder = next(tmp_path.glob("runs/s2hand-*"))
-    kept = {path.name: path.stat().st_mtime_ns for path in (folder / "self-supervised").glob("*.safetensors")}
-    assert kept
-    out, _ = start().communicate()
-    assert "only, seed 0: done in" in out
-    record = json.loads((tmp_path / "results/toy/only-seed0.json").read_text())
-    assert 0 < record["metrics"]["self-supervised"]["PA-MPJPE"] < 100
-    assert "every record is there" in start().communicate()[0]
+def test_a_killed_run_goes_on(tmp_path, monkeypatch):
+    "Killed half way, the run leaves no record and no lock; asked again, it goes on in the same folder."
+    script = ("import time\nfrom pathlib import Path\nfrom handrecon import claims as C\nfrom handrecon.claims import Claim, Run, within\n"
+              "def half(system, profile, dataset, root, overrides, out, seed, resume):\n"
+              "    (out / 'half').write_text('done')\n    time.sleep(60)\n"
+              "C.reproduce = half\n"
+              "claim = Claim('toy', 's2hand', 's', 'w', {}, (Run('with', 'smoke'),), 1, {'a': 'with:x'}, within('a'))\n"
+              "C.run_claim(claim, Path('results'), Path('runs'))")
+    with subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+        while not list(tmp_path.glob("runs/*/half")) and process.poll() is None: time.sleep(0.05)
+        process.kill()
+    folder, = tmp_path.glob("runs/*")
+    assert not (tmp_path / "results").exists() and (folder / "half").exists()
+    calls = []
+    monkeypatch.setattr(C, "reproduce", lambda *a: calls.append(a) or fake(*a))
+    claim = replace(TOY, runs=TOY.runs[:1], seeds=1, ours={"a, mm": TOY.ours["a, mm"]})
+    assert run_claim(claim, tmp_path / "results", tmp_path / "runs", say=lambda _: None) == []
+    assert [(a[5], a[7]) for a in calls] == [(folder, True)]
+
+
+def test_a_run_finished_by_other_code_begins_anew(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(C, "reproduce", lambda *a: calls.append(a) or fake(*a))
+    config = expected_config(TOY, TOY.runs[0], 0)
+    folder = tmp_path / "runs" / f"s2hand-{config['hash']}"
+    folder.mkdir(parents=True)
+    (folder / "record.json").write_text(json.dumps(config | {"code": "older"}))
+    run_claim(replace(TOY, seeds=1), tmp_path / "results", tmp_path / "runs", say=lambda _: None)
+    assert [a[7] for a in calls] == [False, True]
 
 
 # ── the page ────────────────────────────────────────────────────────────────
