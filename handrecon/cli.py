@@ -92,7 +92,7 @@ def _numbers(text: str, option: str, n: int) -> list[float]:
         raise ValueError(f"{option} expects {n} numbers separated by commas, found {text!r}")
     return values
 
-# %% ../nbs/31_cli.ipynb #3a175645
+# %% ../nbs/31_cli.ipynb #0fa7fc15
 @app.command()
 @guarded
 def reconstruct(
@@ -104,14 +104,16 @@ def reconstruct(
     focal: Annotated[float | None, typer.Option(metavar="PX", help="Focal length in pixels; default: 1.2 times the longer side.")] = None,
     box: Annotated[str | None, typer.Option(metavar="X0,Y0,X1,Y1", help="Where the hand is, pixels; default: everywhere.")] = None,
     fit: Annotated[bool, typer.Option(help="Move the result onto the detections.")] = True,
+    adapt: Annotated[int, typer.Option(metavar="STEPS", min=0, help="First fine-tune the network on each video's own detections.")] = 0,
 ) -> None:
     """Reconstruct hands from photos and videos.
 
-    Writes for each NAME: NAME.glb (a mesh), NAME.overlay.png or .mp4, NAME.npz (vertices), and hands.json for all of them."""
+    Writes for each NAME: NAME.glb (a mesh; of a video its animation), NAME.overlay.png or .mp4, NAME.npz (vertices),
+    NAME.plots.png of a video, and hands.json for all of them."""
     corners = None if box is None else _numbers(box, "--box", 4)
     from handrecon.reconstruct import load_network, reconstruct as run
-    network, label = load_network(checkpoint, needed=detections is None or not fit)
-    for summary in run(inputs, out, network, detections, side, focal, corners, fit, checkpoint=label):
+    network, label = load_network(checkpoint, needed=detections is None or not fit or adapt > 0)
+    for summary in run(inputs, out, network, detections, side, focal, corners, fit, checkpoint=label, adapt=adapt):
         typer.echo(str(summary))
     typer.echo(f"Results: {out}")
 

@@ -6,11 +6,11 @@
 __all__ = ['PICTURE_ENDINGS', 'VIDEO_ENDINGS', 'SMALLEST_SIDE', 'BOX_MARGIN', 'FEWEST_JOINTS', 'DOUBLE', 'HANDS_ABOUT',
            'CHUNK_FRAMES', 'CHUNK_BYTES', 'Frame', 'SHIPPED', 'InputError', 'Source', 'find_sources', 'read_frames',
            'guess_intrinsics', 'mirror_points', 'mirror_intrinsics', 'Hand2D', 'detection_path', 'pair_detections',
-           'without_doubles', 'whole_picture', 'Hand3D', 'crop_observation', 'stack', 'reconstruct_hands', 'guessed',
-           'GrowingArray', 'results_folder', 'hand_record', 'SourceWriter', 'in_chunks', 'Summary', 'reconstruct',
-           'axis_angle_hand', 'load_network']
+           'without_doubles', 'whole_picture', 'Hand3D', 'crop_observation', 'stack', 'upright_roll', 'ask',
+           'reconstruct_hands', 'guessed', 'GrowingArray', 'results_folder', 'hand_record', 'SourceWriter', 'in_chunks',
+           'Summary', 'reconstruct', 'axis_angle_hand', 'load_network']
 
-# %% ../nbs/18_reconstruct.ipynb #90b6207e
+# %% ../nbs/18_reconstruct.ipynb #2401b004
 import json
 import os
 import shutil
@@ -34,10 +34,11 @@ from torch import Tensor
 from .camera import crop_images, crop_intrinsics, crop_points, project, square_box, uncrop_points
 from .conventions import Observation
 from .keypoints import Detections, read_detections
-from .mano import HandModel
+from .mano import HandMesh, HandModel
+from .networks import Appearance
 from .proxy_hand import proxy_hand
-from .s2hand import FitConfig, S2Hand, detect, detection_box, fit_to_detections, load, reprojection_error
-from .rotation import matrix_to_axis_angle
+from .s2hand import FitConfig, S2Hand, S2HandOutput, detect, detection_box, fit_to_detections, load, move_camera, reprojection_error
+from .rotation import axis_angle_to_matrix, matrix_to_axis_angle
 from .training import load_checkpoint
 from .viz import overlay, read_picture, save_picture, write_glb
 
@@ -159,7 +160,7 @@ def mirror_intrinsics(K: Float[Tensor, "*batch 3 3"], width: int | float) -> Flo
     mirrored[..., 0, 2] = width - K[..., 0, 2]
     return mirrored
 
-# %% ../nbs/18_reconstruct.ipynb #825660df
+# %% ../nbs/18_reconstruct.ipynb #4e31eec5
 @dataclass(frozen=True)
 class Hand2D:
     "Where one hand is in a frame."
@@ -167,6 +168,7 @@ class Hand2D:
     side: str                                      # "right" or "left"
     xy: Float[Tensor, "21 2"] | None = None        # detected joints, pixels
     confidence: Float[Tensor, "21"] | None = None  # 0 = missing
+    roll: float | None = None                      # clockwise turn of the picture that stands the hand upright; None: what its joints say
 
 # %% ../nbs/18_reconstruct.ipynb #582fdd57
 BOX_MARGIN = 0.2   # around the joints' box, as a part of its longer side: fingers are thick
@@ -334,7 +336,29 @@ def _look_for_joints(network: S2Hand, observed: Observation, hands: list[Hand2D]
     whole = uncrop_points(torch.where(left, mirror_points(xy, size), xy), torch.stack([hand.box for hand in hands]), size)
     return replace(observed, keypoints=xy, confidence=confidence), [replace(h, xy=p, confidence=c) for h, p, c in zip(hands, whole, confidence)]
 
-# %% ../nbs/18_reconstruct.ipynb #e5d4de5d
+# %% ../nbs/18_reconstruct.ipynb #35ddbdb4
+def upright_roll(seen: Observation) -> Float[Tensor, "B"]:  # radians
+    "Clockwise turn that puts the knuckles above the wrist; 0 where either was not detected."
+    knuckles = [5, 9, 13, 17]
+    weight = (seen.confidence[:, knuckles] > 0).float()
+    middle = (seen.keypoints[:, knuckles] * weight[..., None]).sum(1) / weight.sum(1, keepdim=True).clamp(min=1)
+    x, y = (middle - seen.keypoints[:, 0]).unbind(-1)
+    known = (weight.sum(1) > 0) & (seen.confidence[:, 0] > 0)
+    return torch.where(known, -torch.pi / 2 - torch.atan2(y, x), 0.0)
+
+# %% ../nbs/18_reconstruct.ipynb #6a180781
+@torch.no_grad()
+def ask(network: S2Hand, seen: Observation, roll: Float[Tensor, "B"]) -> tuple[S2HandOutput, Appearance]:
+    "The network's answer about crops that are rolled upright for it, in the axes of the crops as they are."
+    zero, one = torch.zeros_like(roll), torch.ones_like(roll)
+    rolled, _ = move_camera(seen, roll, one, torch.zeros(len(roll), 2))
+    code, appearance = network.eval().encoder(rolled.image)
+    out = network.decode(code, None, rolled.K, seen.image.shape[-2:])
+    back = axis_angle_to_matrix(torch.stack([zero, zero, -roll], -1))
+    mesh = HandMesh(*(x @ back.mT for x in out.mesh))
+    return out._replace(mesh=mesh, keypoints=project(mesh.joints, seen.K), rotation=back @ out.rotation), appearance
+
+# %% ../nbs/18_reconstruct.ipynb #4c5ce459
 def reconstruct_hands(
     frames: list[UInt8[np.ndarray, "_ _ 3"]],  # the picture of each hand
     K: list[Float[Tensor, "3 3"]],             # its camera
@@ -356,8 +380,7 @@ def reconstruct_hands(
         (observed, hands), detected = _look_for_joints(network, observed, hands), True
     output = None
     if network is not None:
-        with torch.inference_mode(False), torch.no_grad():
-            output = network.eval()(observed.image, observed.K, with_image=False)
+        with torch.inference_mode(False): output, _ = ask(network, observed, upright_roll(observed))
     found = _fitted(observed, model, output, config) if detected and fit else guessed(observed, model, output)
     return [_to_picture(found, i, hands[i], K[i], size) for i in range(len(hands))]
 

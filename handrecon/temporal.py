@@ -46,12 +46,12 @@ def detour(
     steps = quaternion_angle(quaternions[..., :-1, :, :], quaternions[..., 1:, :, :])
     return steps.sum(-2) - quaternion_angle(quaternions[..., 0, :, :], quaternions[..., -1, :, :])
 
-# %% ../nbs/08_temporal.ipynb #5f5430c2
+# %% ../nbs/08_temporal.ipynb #76968bce
 def quaternion_loss(
     quaternions: Float[Tensor, "*B n J 4"],     # n >= 3 frames in order, J joints; any length and sign
 ) -> Float[Tensor, ""]:                         # radians
-    "E_quat (Eq. 17), mean over joints and sequences: zero for any speed along one axis, positive off it."
-    return detour(quaternions).mean()
+    "E_quat (Eq. 17), mean over sequences: zero for any speed along one axis, positive off it."
+    return detour(quaternions).norm(dim=-1).mean()
 
 # %% ../nbs/08_temporal.ipynb #19be0d29
 def hand_quaternions(
@@ -62,21 +62,21 @@ def hand_quaternions(
     fingers = axis_angle_to_quaternion(pose.unflatten(-1, (-1, 3)))
     return torch.cat([matrix_to_quaternion(rotation)[..., None, :], fingers], -2)
 
-# %% ../nbs/08_temporal.ipynb #2c409106
+# %% ../nbs/08_temporal.ipynb #298f2d30
 def temporal_loss(
     quaternions: Float[Tensor, "*B n J 4"],     # n >= 2 frames in order
 ) -> Float[Tensor, ""]:                         # squared radians
-    "Neighbouring poses as close as possible: mean squared angle from frame to frame."
-    return quaternion_angle(quaternions[..., :-1, :, :], quaternions[..., 1:, :, :]).square().mean()
+    "Neighbouring poses as close as possible: squared angles from frame to frame, summed over joints, mean over frames and sequences."
+    return quaternion_angle(quaternions[..., :-1, :, :], quaternions[..., 1:, :, :]).square().sum(-1).mean()
 
-# %% ../nbs/08_temporal.ipynb #127488ac
+# %% ../nbs/08_temporal.ipynb #bd813eb4
 def smooth_loss(
     quaternions: Float[Tensor, "*B n J 4"],     # n >= 2 frames in order
     threshold: float = 0.1,                     # radians from frame to frame that cost nothing
 ) -> Float[Tensor, ""]:                         # squared radians
     "Neighbouring poses may differ by a threshold, and pay beyond it."
     step = quaternion_angle(quaternions[..., :-1, :, :], quaternions[..., 1:, :, :])
-    return (step - threshold).clamp_min(0).square().mean()
+    return (step - threshold).clamp_min(0).square().sum(-1).mean()
 
 # %% ../nbs/08_temporal.ipynb #b8bc95d7
 def canonical_normals(
