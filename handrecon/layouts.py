@@ -8,7 +8,7 @@ __all__ = ['LAYOUTS', 'HO3D_CAMERA', 'STB_BACKGROUND', 'STB_VIEWS', 'STB_SK', 'R
            'old_pickle', 'decimals', 'Block', 'Layout', 'hand_of', 'write_layout', 'opengl_parameters',
            'stereo_backdrop', 'part_labels', 'pair_of_hands', 'image_aligned']
 
-# %% ../nbs/14b_layouts.ipynb #2fab97e7
+# %% ../nbs/14b_layouts.ipynb #abd160ed
 import errno
 import json
 import pickle
@@ -28,7 +28,7 @@ from tqdm import tqdm
 from .camera import project
 from .conventions import MANO_JOINT_NAMES, convert_joints
 from .datasets import HO3D_DEPTH_SCALE, RHD_DEPTH_SCALE, RHD_MASK, STB_BASELINE, STB_K, STB_SPLITS, stb_depth_pose
-from .files import write_bytes, write_npz, write_text
+from .files import leftovers, write_bytes, write_npz, write_text
 from .formats import mat_bytes
 from .keypoints import Detections, shortest_decimals, simulate_detections, write_s2hand_detections
 from .mano import HandMesh, HandModel
@@ -205,15 +205,17 @@ def hand_of(side: str) -> HandModel:
 # %% ../nbs/14b_layouts.ipynb #14e6fa7a
 LAYOUTS: dict[str, Layout] = {}     # each writer below enters itself
 
-# %% ../nbs/14b_layouts.ipynb #9faf20d6
+# %% ../nbs/14b_layouts.ipynb #ab26563b
 def _claim(root: Path, recipe: dict) -> bool:
     "Begin a folder, or go on with one of the same recipe; True if it is complete."
     note = root / "synthetic.json"
     found = json.loads(note.read_text()) if note.exists() else None
-    if found is None and root.exists() and any(root.iterdir()):
+    unfinished = [] if found and found["complete"] else leftovers(root)
+    if found is None and root.exists() and set(root.iterdir()) - set(unfinished):
         raise ValueError(f"{root}: expected an empty or absent folder, found files that are not ours")
     if found is not None and {k: v for k, v in found.items() if k != "complete"} != recipe:
         raise ValueError(f"{note}: expected a folder begun with the same arguments, found another recipe; choose another folder")
+    for path in unfinished: path.unlink()
     if found is None:
         root.mkdir(parents=True, exist_ok=True)
         write_text(note, json.dumps(recipe | {"complete": False}, indent=1))

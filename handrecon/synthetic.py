@@ -10,7 +10,7 @@ __all__ = ['ARM_STATIONS', 'OVERSAMPLE', 'SyntheticConfig', 'palm_frame', 'sampl
            'joint_visibility', 'photograph', 'make_batch', 'block_seed', 'SyntheticHands', 'freihand_parameters',
            'write_freihand']
 
-# %% ../nbs/13_synthetic.ipynb #d5437ccc
+# %% ../nbs/13_synthetic.ipynb #b999db51
 import errno
 import json
 import math
@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from .camera import project
 from .conventions import Observation, Truth
-from .files import atomic_path, write_bytes, write_text
+from .files import atomic_path, leftovers, write_bytes, write_text
 from .keypoints import DetectorNoise, shortest_decimals, simulate_detections
 from .mano import HandMesh, HandModel
 from .proxy_hand import proxy_hand, sample_poses, sample_shapes, sample_textures
@@ -793,7 +793,7 @@ def _write_split(root: Path, split: str, n: int, seed: int, config: SyntheticCon
     names = json.dumps([[f"{i:08d}.jpg"] for i in range(n)])
     _join(lists, 0, root / _DETECTIONS[split], f", {names}]")
 
-# %% ../nbs/13_synthetic.ipynb #b913e91c
+# %% ../nbs/13_synthetic.ipynb #4e10d505
 def write_freihand(
     root: str | Path,                    # made if it is not there
     n: int,                              # training pictures
@@ -816,9 +816,11 @@ def write_freihand(
     if found is not None and {k: v for k, v in found.items() if k != "complete"} != recipe:
         raise ValueError(f"{note}: expected a folder begun with the same arguments, found another recipe; choose another folder")
     if found is not None and found["complete"]: return root
-    if found is None and root.exists() and any(root.iterdir()):
+    unfinished = leftovers(root)
+    if found is None and root.exists() and set(root.iterdir()) - set(unfinished):
         raise ValueError(f"{root}: expected an empty or absent folder, found files that are not ours")
     try:
+        for path in unfinished: path.unlink()
         root.mkdir(parents=True, exist_ok=True)
         write_text(note, json.dumps(recipe | {"complete": False}, indent=1))
         with tqdm(total=n + evaluation, unit="hand", disable=not progress) as bar:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from handrecon.files import atomic_path, write_bytes, write_json, write_npz, write_text
+from handrecon.files import atomic_path, leftovers, write_bytes, write_json, write_npz, write_text
 
 
 def test_what_is_written_is_read(tmp_path):
@@ -85,3 +85,25 @@ def test_long_names_and_taken_folders(tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(OSError): write_text(tmp_path / "folder", "x")
     assert sorted(os.listdir(tmp_path)) == ["file", "folder", "n" * 250]
+
+
+def test_what_a_killed_writer_leaves_is_found_and_nothing_else(tmp_path):
+    script = "import os, sys\nfrom handrecon.files import atomic_path\nwith atomic_path(sys.argv[1]) as path: os.kill(os.getpid(), 9)"
+    for name in ("a.json", "sub/no-ending", "sub/two.ends.jpg"): subprocess.run([sys.executable, "-c", script, tmp_path / name], check=False)
+    for name in (".gitignore", ".mine-deadbee.txt", "seen-deadbeef.txt", "a.json"): (tmp_path / name).write_text("mine")
+    assert len(leftovers(tmp_path)) == 3 and {path.suffix for path in leftovers(tmp_path)} == {".json", "", ".jpg"}
+
+
+@pytest.mark.parametrize("layout", ["freihand", "rhd"])
+def test_a_killed_synth_goes_on(tmp_path, layout):
+    "SIGKILL in the middle of a write; the same command makes the same folder as if nothing had been."
+    from handrecon.layouts import write_layout
+    script = ("import os, sys\nfrom pathlib import Path\nfrom handrecon import files, layouts\nreplace, calls = os.replace, []\n"
+              "def killed(a, b):\n    calls.append(b)\n    if len(calls) == int(sys.argv[3]): os.kill(os.getpid(), 9)\n    replace(a, b)\n"
+              "os.replace = killed\nlayouts.write_layout(sys.argv[1], sys.argv[2], 2, 1, progress=False)")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for at in (1, 4): assert subprocess.run([sys.executable, "-c", script, layout, parts, str(at)], check=False).returncode == -9
+    assert leftovers(parts)
+    for folder in (whole, parts): write_layout(layout, folder, 2, 1, progress=False)
+    content = lambda root: {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    assert content(whole) == content(parts)
