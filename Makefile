@@ -41,6 +41,7 @@ lab: $(READY)
 	$(BIN)/jupyter lab --notebook-dir nbs
 
 handbook: $(READY)
+	rm -rf handbook/_build
 	$(BIN)/python handbook/stage.py
 	$(BIN)/python -m sphinx -q -W --keep-going -c handbook handbook/_build/source handbook/_build/html
 	@echo "the book: handbook/_build/html/index.html"
