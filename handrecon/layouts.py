@@ -8,7 +8,7 @@ __all__ = ['LAYOUTS', 'HO3D_CAMERA', 'STB_BACKGROUND', 'STB_VIEWS', 'STB_SK', 'R
            'old_pickle', 'decimals', 'Block', 'Layout', 'hand_of', 'write_layout', 'opengl_parameters',
            'stereo_backdrop', 'part_labels', 'pair_of_hands', 'image_aligned']
 
-# %% ../nbs/14b_layouts.ipynb #abd160ed
+# %% ../nbs/14b_layouts.ipynb #22d33d7a
 import errno
 import json
 import pickle
@@ -28,7 +28,7 @@ from tqdm import tqdm
 from .camera import project
 from .conventions import MANO_JOINT_NAMES, convert_joints
 from .datasets import HO3D_DEPTH_SCALE, RHD_DEPTH_SCALE, RHD_MASK, STB_BASELINE, STB_K, STB_SPLITS, stb_depth_pose
-from .files import leftovers, write_bytes, write_npz, write_text
+from .files import atomic_path, leftovers, write_bytes, write_npz, write_text
 from .formats import mat_bytes
 from .keypoints import Detections, shortest_decimals, simulate_detections, write_s2hand_detections
 from .mano import HandMesh, HandModel
@@ -287,7 +287,7 @@ def write_layout(
         raise OSError(errno.ENOSPC, f"{root}: the disk is full; free some space and run the same command again to go on") from None
     return root
 
-# %% ../nbs/14b_layouts.ipynb #011443bd
+# %% ../nbs/14b_layouts.ipynb #241847c8
 HO3D_CAMERA = camera(((614.6, 0, 320.3), (0, 614.1, 238.5), (0, 0, 1)), 480, 640)
 _GL = torch.tensor([1.0, -1, -1])
 _PER_SEQUENCE = 500
@@ -342,6 +342,17 @@ def _ho3d_meta(block: Block, x: dict[str, np.ndarray] | None) -> dict:
     return meta | {"handBeta": x["shape"], "handPose": x["pose"], "handTrans": x["trans"], "handJoints3D": x["joints"]} | contact
 
 
+def _version_3(root: Path, sequence: str, names: list[str], joints: Float[np.ndarray, "n 21 3"]) -> None:  # OpenGL axes
+    "What version 3 has besides: the rig of each sequence (here one camera, the world's origin) and fingertips, little finger first, as people marked them."
+    K, rig = HO3D_CAMERA.K.tolist(), root / "calibration" / sequence / "calibration"
+    numbers = {"fx": K[0][0], "fy": K[1][1], "ppx": K[0][2], "ppy": K[1][2]}
+    texts = {"cam_orders": "0\n", "cam_0_depth_scale": f"{HO3D_DEPTH_SCALE}\n", "cam_0_intrinsics": ",".join(f"{k}:{v:.4f}" for k, v in numbers.items()) + "\n",
+             "trans_0": "".join(" ".join(map(str, row)) + "\n" for row in np.eye(4).tolist())}
+    for name, text in texts.items(): write_text(rig / f"{name}.txt", text)
+    for name, hand in zip(names, joints):
+        with atomic_path(root / "manual_annotations" / f"{sequence}_{name}.npy") as temporary: np.save(temporary, hand[20:15:-1].astype(np.float64))
+
+
 def _finish_ho3d(root: Path, split: str, arrays: dict[str, np.ndarray], options: dict) -> None:
     "The list of frames, with one that nobody annotated at the end of each training sequence, and the detections."
     total, lines = len(arrays["xy"]), []
@@ -358,6 +369,7 @@ def _finish_ho3d(root: Path, split: str, arrays: dict[str, np.ndarray], options:
         (root / "openpose" / sequence).mkdir(parents=True, exist_ok=True)
         found = Detections([f"{frame}.{ending}" for frame in names], torch.from_numpy(arrays["xy"][rows]), torch.from_numpy(arrays["confidence"][rows]))
         write_s2hand_detections(root / "openpose" / sequence / "detect.json", found)
+        if options["version"] == 3: _version_3(root, sequence, names, arrays["joints"][rows])
     write_text(root / f"{split}.txt", "".join(lines))
     if split == "evaluation":
         for name, key in (("xyz", "joints"), ("verts", "vertices")):

@@ -66,6 +66,14 @@ def test_ho3d_version_3_has_jpg(tmp_path):
     assert x.path.endswith("0000.jpg") and x.image.shape == (480, 640, 3)
     meta = pickle.loads((tmp_path / "v3/train/SYNT0/meta/0000.pkl").read_bytes(), encoding="latin1")      # ours: safe to load
     assert meta["handVertContact"].shape == (778,)
+    tips = np.load(tmp_path / "v3/manual_annotations/SYNT0_0000.npy")
+    assert np.array_equal(tips, meta["handJoints3D"][[20, 19, 18, 17, 16]])
+    rig = tmp_path / "v3/calibration/SYNT0/calibration"
+    assert sorted(p.name for p in rig.iterdir()) == ["cam_0_depth_scale.txt", "cam_0_intrinsics.txt", "cam_orders.txt", "trans_0.txt"]
+    numbers = {k: float(v) for k, v in (pair.split(":") for pair in (rig / "cam_0_intrinsics.txt").read_text().split(","))}
+    K = meta["camMat"]
+    assert numbers == pytest.approx({"fx": K[0, 0], "fy": K[1, 1], "ppx": K[0, 2], "ppy": K[1, 2]}, abs=1e-3)
+    assert np.array_equal(np.loadtxt(rig / "trans_0.txt"), np.eye(4))
 
 
 def test_stb_is_a_stereo_pair(made):
