@@ -104,7 +104,7 @@ def code_version() -> dict[str, str | None]:
     return {"version": handrecon.__version__, "commit": commit + dirty or None, "code": digest(sources, package)}
 
 # %% ../nbs/30_runs.ipynb #56967535
-SYSTEMS = ("s2hand",)
+SYSTEMS = ("s2hand", "s2hand_video", "binocular")
 
 # %% ../nbs/30_runs.ipynb #f6193397
 def run_notebook(system: str) -> Path:

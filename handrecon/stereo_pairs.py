@@ -81,14 +81,14 @@ class World:
     defocus: float = 0.0                                  # … sigma, pixels of the picture, …
     noise: float = 0.01                                   # … and noise, standard deviation at mid grey
 
-# %% ../nbs/13d_stereo_pairs.ipynb #8ac8f0a7
+# %% ../nbs/13d_stereo_pairs.ipynb #ab00debd
 STUDIO = World(      # like FreiHAND: many people, all postures that one needs to hold things, even light, sharp and neutral pictures
     postures=("flat", "spread", "together", "relaxed", "pinch", "pinch middle", "pinch ring", "tripod", "cylinder", "sphere", "hook", "table",
               "ring of thumb and index", "claw", "key", "fist"),
-    view_spread=0.3, lamp_spread=1.0, contrast=(0.05, 0.3), sleeve=0.3, defocus=0.3)
+    view_spread=0.15, lamp_spread=1.0, contrast=(0.05, 0.3), sleeve=0.3, defocus=0.3)
 LIVING_ROOM = World(  # like STB: one person who counts and makes signs, six corners of a room, a lamp at one side, a soft picture with a warm cast
     postures=("fist", "point", "two", "three", "four", "flat", "spread", "thumb up", "gun", "relaxed"),
-    mix=0.5, people=1, size=1.0, view_spread=0.2, sleeve=1.0, contrast=(0.75, 0.95), lamp=(0.9, -0.9, -0.5), lamp_spread=0.35, rooms=6,
+    mix=0.5, people=1, size=1.0, view_spread=0.12, sleeve=1.0, contrast=(0.75, 0.95), lamp=(0.9, -0.9, -0.5), lamp_spread=0.35, rooms=6,
     gain=0.9, gamma=1.25, saturation=0.75, cast=(1.1, 1.0, 0.8), defocus=0.7, noise=0.015)
 PERSON_SEED, ROOM_SEED = 22, 7
 
