@@ -572,7 +572,7 @@ def _interhand_mano(path: Path, frames: dict[tuple[str, str], int]) -> np.ndarra
         raise DataError(f"{path}: expected pose, shape and trans of each hand, {type(error).__name__}: {error}") from None
     return out
 
-# %% ../nbs/14_datasets.ipynb #4df7934f
+# %% ../nbs/14_datasets.ipynb #af2f02b4
 def _interhand_index(folder: Path, split: str) -> dict[str, np.ndarray]:
     "One row a hand: right and left hands that have a valid wrist."
     path = lambda what: folder / f"InterHand2.6M_{split}_{what}.json"
@@ -593,12 +593,12 @@ def _interhand_index(folder: Path, split: str) -> dict[str, np.ndarray]:
         sides = [s for s in ("right", "left") if kind in (s, "interacting") and valid[FIRST_JOINT["interhand"][s] + 20]]
         rows += [(file, row, camera_row[capture, camera], side == "left", packed, box, len(sides)) for side in sides]
     file, row, camera, left, packed, box, together = zip(*rows) if rows else ((),) * 7
-    return {"picture": np.array(file, dtype=str), "frame": np.array(row, int), "camera": np.array(camera, int), "left": np.array(left, bool),
+    return {"picture": np.array([name.encode() for name in file], dtype=bytes), "frame": np.array(row, np.int32), "camera": np.array(camera, np.int32), "left": np.array(left, bool),
             "valid": np.unpackbits(np.frombuffer(b"".join(packed), np.uint8).reshape(-1, 6), axis=1, count=42).astype(bool) & frame_valid[np.array(row, int)],
-            "box": np.frombuffer(b"".join(box), np.float32).reshape(-1, 4), "together": np.array(together, int),
+            "box": np.frombuffer(b"".join(box), np.float32).reshape(-1, 4), "together": np.array(together, np.int8),
             "world": world, "cameras": np.stack(list(cameras.values())), "mano": _interhand_mano(path("MANO_NeuralAnnot"), frames)}
 
-# %% ../nbs/14_datasets.ipynb #a780bd6a
+# %% ../nbs/14_datasets.ipynb #a0be075a
 class InterHand(HandData):
     "InterHand2.6M version 1.0: one sample a hand, two where hands interact."
     name = "interhand"
@@ -616,7 +616,7 @@ class InterHand(HandData):
         folder = self.root / "annotations" / split
         files = [folder / f"InterHand2.6M_{split}_{what}.json" for what in ("data", "camera", "joint_3d", "MANO_NeuralAnnot")]
         files = files[:3] + [f for f in files[3:] if f.exists()]
-        self.index = indexed(f"interhand-{split}-1", files, lambda: _interhand_index(folder, split), cache)
+        self.index = indexed(f"interhand-{split}-2", files, lambda: _interhand_index(folder, split), cache)
         self.beside = Beside(detections)
 
     def __len__(self) -> int:
@@ -630,7 +630,7 @@ class InterHand(HandData):
         world = convert_joints(torch.from_numpy(self.index["world"][at["frame"], hand]), "interhand")
         valid = convert_joints(torch.from_numpy(at["valid"][hand]), "interhand", axis=-1)
         joints = world @ extrinsics[:, :3].mT + extrinsics[:, 3]
-        file = Path(str(at["picture"]))
+        file = Path(at["picture"].decode())
         x, y, w, h = at["box"].tolist()
         other = None if at["together"] < 2 else index + (-1 if at["left"] else 1)
         return HandSample(self.name, str(file.parent), file.stem.removeprefix("image"), str(self.root / "images" / self.split / file), side, K,
