@@ -38,7 +38,8 @@ def fields(node: ast.ClassDef, lines: list[str]) -> str:
 def entry(node: DEFINITION, lines: list[str], module: str, prefix: str = "", level: int = 2) -> list[str]:
     "A heading, a signature, a docstring; for a class its public methods too."
     code = signature(node, lines) + ("\n" + fields(node, lines) if isinstance(node, ast.ClassDef) and fields(node, lines) else "")
-    text = [f"({anchor(module, prefix + node.name)})=", f"{'#' * level} {prefix}{node.name}", "```python\n" + code + "\n```", ast.get_docstring(node) or ""]
+    heading = (prefix + node.name).replace("__", r"\_\_")
+    text = [f"({anchor(module, prefix + node.name)})=", f"{'#' * level} {heading}", "```python\n" + code + "\n```", ast.get_docstring(node) or ""]
     if isinstance(node, ast.ClassDef):
         methods = {method.name: method for method in reversed(node.body) if isinstance(method, ast.FunctionDef)}   # of a property, its getter
         for name, method in reversed(methods.items()):

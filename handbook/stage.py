@@ -36,7 +36,10 @@ def prose_with_code(notebook, name: str):
                 if figure := output.get("data", {}).get("application/vnd.plotly.v1+json"):
                     output["data"] = {"text/html": tables.live(figure, alt)}
         cells.append(cell)
-    cells[0].source += f"\n\n<div class=\"open-in-lab\">Open in JupyterLab: <code>make lab</code> in a clone, then <code>{name}</code>.</div>"
+    first, picture = cells[0], f"explore_{Path(name).stem}.png"
+    if number := re.match(r"\d\d[a-z]?(?=_)", name): first.source = re.sub(r"^# ", f"# {number[0]} ", first.source)
+    if (BOOK / "pictures" / picture).exists(): first.source += f"\n\n![The page as it looks when it runs](../../pictures/{picture})"
+    first.source += f'\n\n<div class="open-in-lab">Open in JupyterLab: <code>make lab</code> in a clone, then <code>{name}</code>.</div>'
     notebook.cells = cells
     return notebook
 
@@ -45,8 +48,8 @@ def stage(source: Path) -> None:
     shutil.rmtree(source, ignore_errors=True)
     shutil.copytree(BOOK, source, ignore=shutil.ignore_patterns("_build", "__pycache__", "results", "static", "*.py", "*.json"))
     for path in sorted((ROOT / "nbs").rglob("*.ipynb")):
-        if ".ipynb_checkpoints" in path.parts: continue
         name = path.relative_to(ROOT / "nbs")
+        if any(part.startswith(".") for part in name.parts): continue
         (source / "nbs" / name).parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(prose_with_code(nbformat.read(path, 4), str(name)), source / "nbs" / name)
     written = reference.pages() | {"map.md": equations.page()} | tables.fragments()

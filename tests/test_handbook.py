@@ -1,7 +1,10 @@
 """The book: it builds without a warning, nothing in it leads nowhere, and what it says about the code is so."""
 import importlib
 import json
+import os
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from urllib.parse import unquote
 
@@ -74,7 +77,7 @@ def test_pictures_say_what_they_show(pages):
 
 def test_every_lesson_is_a_page_and_every_module_too(built):
     for path in (ROOT / "nbs").rglob("[0-9a-z]*.ipynb"):
-        if ".ipynb_checkpoints" in path.parts: continue
+        if any(part.startswith(".") for part in path.relative_to(ROOT).parts): continue
         page = built / "html/nbs" / path.relative_to(ROOT / "nbs").with_suffix(".html")
         assert "Open in JupyterLab" in page.read_text(), path.name
     for module, *_ in reference.lessons():
@@ -137,6 +140,27 @@ def test_every_equation_has_a_function():
 ])
 def test_equations_are_recognised(text, notebook, expected):
     assert equations.mentioned(text, notebook) == expected
+
+
+CODE = [(path.name, block) for path in sorted((ROOT / "handbook").rglob("*.md")) if "_build" not in path.parts
+        for block in re.findall(r"^```python\n(.*?)^```", path.read_text(), flags=re.M | re.S)]
+
+
+@pytest.mark.parametrize("block", [block for _, block in CODE], ids=[name for name, _ in CODE])
+def test_python_on_a_page_runs_as_pasted(block, tmp_path):
+    done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_commands_on_the_pages_exist():
+    from typer.testing import CliRunner
+
+    from handrecon.cli import app
+    shown = CliRunner().invoke(app, ["--help"]).output
+    for path in (ROOT / "handbook").glob("**/*.md"):
+        if "_build" in path.parts: continue
+        for command in set(re.findall(r"(?:^|`)\$? ?handrecon ([a-z][a-z-]+)", path.read_text(), flags=re.M)):
+            assert re.search(rf"^\W*{command}\b", shown, flags=re.M), f"{path.name} shows `handrecon {command}`, which --help does not know"
 
 
 def test_captions_are_the_words_before_the_picture():
