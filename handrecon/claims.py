@@ -298,16 +298,17 @@ def _short(commit: str) -> str:
     name, plus, changes = commit.partition("+")
     return name[:10] + plus + changes
 
-# %% ../nbs/34_claims.ipynb #208f093f
+# %% ../nbs/34_claims.ipynb #cfd112e9
 def _judged(claim: Claim, results: Path) -> dict[str, Any]:
     "What the records of a claim say, at the profile of its runs."
     records, refused = read_records(claim, results)
     ours, problems = measure(claim, records)
     refused += problems
+    every = [record for by_seed in records.values() for record in by_seed.values()]
     verdict = claim.verdict(ours)
     if verdict.word == "not run":
-        verdict = Verdict("not run", refused[0] if refused else f"{verdict.because}: handrecon claims --run {claim.id}")
-    every = [record for by_seed in records.values() for record in by_seed.values()]
+        wanted = sum(run.seeds or claim.seeds for run in claim.runs)
+        verdict = Verdict("not run", refused[0] if refused else verdict.because if every else f"none of its {wanted} runs was made yet")
     return {
         "ours": {label: {"mean": m.mean, "spread": None if math.isnan(m.spread) else m.spread, "seeds": sorted(m.values), "values": [m.values[s] for s in sorted(m.values)]}
                  for label, m in ours.items()},

@@ -149,7 +149,7 @@ def test_a_metric_that_is_not_there_is_a_sentence(done):
 
 def test_no_records_no_verdict(tmp_path):
     row = ledger_row(TOY, tmp_path)
-    assert (row["verdict"], row["ours"], row["records"]) == ("not run", {}, 0) and "handrecon claims --run toy" in row["because"]
+    assert (row["verdict"], row["ours"], row["records"]) == ("not run", {}, 0) and "none of its 4 runs" in row["because"] and row["command"] == "handrecon claims --run toy"
     gone = ledger_row(replace(TOY, runs=(Run("with", "smoek"), TOY.runs[1])), tmp_path)
     assert gone["verdict"] == "not run" and "did you mean 'smoke'?" in gone["because"]
 

@@ -115,12 +115,22 @@ def test_packaged_notebooks_are_the_notebooks():
         assert not any(cell.get("outputs") for cell in notebook.cells)
 
 
-@pytest.mark.parametrize("profile", ["smoke", "quick", "cpu", "gpu", "paper"])
-def test_every_profile_resolves(profile):
-    recipe = resolve("s2hand", profile, {})
-    config = describe("s2hand", profile, "synthetic", 0, recipe)
-    assert config["settings"]["model"]["w_ori"] == 100.0
-    assert config["hash"] == describe("s2hand", profile, "synthetic", 0, recipe)["hash"] != describe("s2hand", profile, "synthetic", 1, recipe)["hash"]
+@pytest.mark.parametrize("system", runs.SYSTEMS)
+def test_every_profile_of_every_system_resolves(system):
+    import importlib
+    module = importlib.import_module(f"handrecon.{system}")
+    assert {"smoke", "ledger"} <= set(module.RECIPES) and "synthetic" in module.DATASETS
+    hashes = set()
+    for profile in module.RECIPES:
+        recipe = resolve(system, profile, {})
+        config = describe(system, profile, "synthetic", 0, recipe)
+        assert config == json.loads(json.dumps(config)) and config["hash"] == describe(system, profile, "synthetic", 0, recipe)["hash"]
+        hashes |= {config["hash"], describe(system, profile, "synthetic", 1, recipe)["hash"]}
+    assert len(hashes) == 2 * len(module.RECIPES)
+
+
+def test_the_papers_weights_are_the_defaults():
+    assert describe("s2hand", "paper", "freihand", 0, resolve("s2hand", "paper", {}))["settings"]["model"]["w_ori"] == 100.0
 
 
 @pytest.fixture(scope="module")
