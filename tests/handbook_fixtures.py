@@ -7,8 +7,6 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "handbook"))
 import equations  # noqa: E402, F401
@@ -30,7 +28,6 @@ def build_book(base):
     return place
 
 
-@pytest.fixture(scope="session")
-def built(tmp_path_factory):
+def built_book(tmp_path_factory):
     base = tmp_path_factory.getbasetemp()
     return build_book(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base)

@@ -10,7 +10,7 @@ from urllib.parse import unquote
 
 import nbformat
 import pytest
-from handbook_fixtures import ROOT, built, equations, reference, stage  # noqa: F401
+from handbook_fixtures import ROOT, built_book, equations, reference, stage
 
 
 class Page(HTMLParser):
@@ -30,6 +30,11 @@ class Page(HTMLParser):
             self.loads.append(a.get("src", ""))
         if tag in ("script", "iframe", "source") and "src" in a: self.loads.append(a["src"])
         if tag == "link" and a.get("rel") in ("stylesheet", "preload", "icon"): self.loads.append(a["href"])
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    return built_book(tmp_path_factory)
 
 
 @pytest.fixture(scope="session")

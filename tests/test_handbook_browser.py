@@ -2,7 +2,7 @@
 import shutil
 
 import pytest
-from handbook_fixtures import built  # noqa: F401
+from handbook_fixtures import built_book
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium")
@@ -11,6 +11,11 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "-
 NARROW = ["index", "start", "conventions", "glossary", "systems", "reproduction", "performance", "map", "house", "contributing", "cite", "licences", "explore",
           "data/index", "data/freihand", "data/stb", "data/detections", "api/index", "api/mano", "api/s2hand", "nbs/00_conventions", "nbs/02_mano", "nbs/07_losses",
           "nbs/08_temporal", "nbs/09_stereo", "nbs/10_centermap", "nbs/14_datasets", "nbs/20_s2hand", "nbs/reproduce/s2hand"]
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    return built_book(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +27,7 @@ def browser():
 
 
 @pytest.fixture
-def visit(browser, built):  # noqa: F811
+def visit(browser, built):
     "Opens a page from the disk and keeps what went wrong in `visit.trouble`."
     opened = []
 
