@@ -103,7 +103,7 @@ def code_version() -> dict[str, str | None]:
     sources = [path for pattern in ("*.py", "notebooks/*.ipynb", "assets/*") for path in package.glob(pattern)]
     return {"version": handrecon.__version__, "commit": commit + dirty or None, "code": digest(sources, package)}
 
-# %% ../nbs/30_runs.ipynb #56967535
+# %% ../nbs/30_runs.ipynb #913f3629
 SYSTEMS = ("s2hand", "s2hand_video", "binocular")
 
 # %% ../nbs/30_runs.ipynb #f6193397
@@ -147,10 +147,11 @@ def claim_folder(out: Path, config: dict[str, Any], resume: bool) -> None:
             raise RunError(f"cannot resume {out}: it was begun with other settings (hash {before}, now {config['hash']})")
     write_json(written, config)
 
-# %% ../nbs/30_runs.ipynb #b70d9966
+# %% ../nbs/30_runs.ipynb #4cd99634
 def _execute(notebook: Path, out: Path, parameters: dict[str, Any]) -> None:
     "Run the notebook in a fresh kernel; what it draws ends in report.ipynb, also when it stops half way."
     import papermill
+    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
     report = out / "report.ipynb"
     try:
@@ -158,6 +159,8 @@ def _execute(notebook: Path, out: Path, parameters: dict[str, Any]) -> None:
                                    stdout_file=sys.stdout, stderr_file=sys.stderr)
     except PapermillExecutionError as problem:
         raise RunError(f"the run stopped with {problem.ename}: {' '.join(str(problem.evalue).split())} (see {report})") from None
+    except DeadKernelError:
+        raise RunError(f"the run's process died; most often the memory was not enough (see {report})") from None
 
 # %% ../nbs/30_runs.ipynb #a4b71a18
 def _publish(out: Path) -> None:

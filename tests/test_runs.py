@@ -200,6 +200,16 @@ def test_code_version_sees_every_source(tmp_path, monkeypatch):
         before = runs.code_version()
 
 
+def test_a_process_that_dies_is_one_sentence(tmp_path, monkeypatch):
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("out = ''", metadata={"tags": ["parameters"]}),
+                                               nbformat.v4.new_code_cell("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")])
+    notebook.metadata["kernelspec"] = {"display_name": "python3", "language": "python", "name": "python3"}
+    nbformat.write(notebook, tmp_path / "dies.ipynb")
+    monkeypatch.setattr(runs, "run_notebook", lambda system: tmp_path / "dies.ipynb")
+    with pytest.raises(RunError, match="the run's process died") as problem: reproduce("s2hand", "smoke", out=tmp_path / "run")
+    assert "\n" not in str(problem.value) and not (tmp_path / "run/record.json").exists()
+
+
 def test_failure_in_the_notebook_is_one_sentence(tmp_path):
     with pytest.raises(RunError, match="no folder") as problem:
         reproduce("s2hand", "smoke", dataset="freihand", data_root=tmp_path / "absent", out=tmp_path / "run")
