@@ -419,14 +419,14 @@ def clip_report(network, films) -> dict[str, float]:
     seen = films.at(range(len(films)))
     return consistency(said, films.clips) | {"2D error": float(reprojection_error(said.keypoints, seen.keypoints, seen.confidence).nanmedian())}
 
-# %% ../nbs/18b_video.ipynb #644bf348
+# %% ../nbs/18b_video.ipynb #d426de6f
 def adapt(network: S2Hand, films, steps: int, seed: int = 0, lr: float = 1e-4, progress: bool = True) -> Adaptation:
     "Fine-tune a copy with Eq. 23 on a clip's own pictures and detections."
     from handrecon import s2hand_video as v
     from handrecon.training import TrainConfig, fit, load_weights
-    recipe = v.Recipe(network.config, v.VideoConfig(), TrainConfig(steps=steps, lr=lr, schedule="cosine", warmup=min(10, steps), clip=1.0), sequences=48, turn=0.1, zoom=0.05, shift=0.02, photo=0.25)
-    model = v.S2HandVideo(replace(network.config, weights=""), network.hand, recipe.video)
-    load_weights(model, network.state_dict(), "network")
+    recipe = v.Recipe(replace(network.config, branch_stacks=0), v.VideoConfig(), TrainConfig(steps=steps, lr=lr, schedule="cosine", warmup=min(10, steps), clip=1.0), sequences=48, turn=0.1, zoom=0.05, shift=0.02, photo=0.25)
+    model = v.S2HandVideo(replace(network.config, weights="", branch_stacks=0), network.hand, recipe.video)
+    load_weights(model, {k: x for k, x in network.state_dict().items() if not k.startswith("branch.")}, "network")
     before = clip_report(model, films)
     for layer in model.modules():
         if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm): layer.momentum = 0.01      # one clip must not become the whole world
@@ -690,7 +690,7 @@ def solve_video(
             found = _fit_tracks(found, hands, tracks, model, K, network, config, smooth, keep, lambda s: bar.update(100 * s))
     return VideoResult(hands, tracks, found, K, adaptation, keep)
 
-# %% ../nbs/18b_video.ipynb #6f94f93b
+# %% ../nbs/18b_video.ipynb #c27d5d8e
 def _adapted(network: S2Hand, source: Source, hands, tracks, focal, steps: int, keep: Keep, progress: bool) -> Adaptation:
     "As `adapt`, remembered."
     films = None if keep.has("adapted") else track_films(source, hands, tracks, network.config.image_size, focal)
@@ -705,7 +705,7 @@ def _adapted(network: S2Hand, source: Source, hands, tracks, focal, steps: int, 
     if made: return made[0]
     from handrecon import s2hand_video as v
     from handrecon.training import load_weights
-    model = v.S2HandVideo(replace(network.config, weights=""), network.hand, v.VideoConfig())
+    model = v.S2HandVideo(replace(network.config, weights="", branch_stacks=0), network.hand, v.VideoConfig())
     load_weights(model, {k[2:]: torch.from_numpy(x) for k, x in stored.items() if k.startswith("w.")}, "adapted network")
     return Adaptation(model.eval(), *json.loads(str(stored["report"])))
 
