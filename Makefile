@@ -1,6 +1,8 @@
 # make reproduce   set up, then train and evaluate S²HAND on synthetic hands (under 15 minutes on 2 cores)
 # make test        set up, then every test
+# make test-browser  set up (Chromium too), then the explorers and JupyterLab in a browser
 # make lab         set up, then JupyterLab on the lessons
+# make explore     set up, then the explorers as web pages: sliders instead of code
 # make handbook    set up, then the book: handbook/_build/html/index.html
 # make env         the set-up alone
 PYTHON ?= python3
@@ -11,7 +13,7 @@ OUT    ?= runs/s2hand-quick
 # Idle OpenMP threads sleep instead of spinning: on busy cores that is several times faster, on idle ones no slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help env system-libraries reproduce test lab handbook clean
+.PHONY: help env system-libraries reproduce test test-browser lab explore handbook clean
 help:
 	@sed -n 's/^# //p' Makefile
 
@@ -37,8 +39,18 @@ reproduce: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests
 
+# HANDRECON_BROWSER demands what the tests skip elsewhere.
+test-browser: $(READY)
+	@command -v chromium >/dev/null || (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y chromium >/dev/null)
+	HANDRECON_BROWSER=1 $(BIN)/python -m pytest -s tests/test_browser.py
+
 lab: $(READY)
 	$(BIN)/jupyter lab --notebook-dir nbs
+
+explore: export JUPYTER_PATH := $(CURDIR)/nbs/explore/.voila
+explore: export JUPYTER_CONFIG_PATH := $(JUPYTER_PATH)
+explore: $(READY)
+	$(BIN)/voila nbs
 
 handbook: $(READY)
 	rm -rf handbook/_build
