@@ -8,8 +8,9 @@ __all__ = ['LANES', 'BLOCK', 'runs_of', 'PackedHand', 'pack_hand', 'vectorized',
            'forward_hands', 'moments', 'skin_backward', 'collect', 'collect_one', 'blend_backward', 'motion_backward',
            'bone_backward', 'bones_backward', 'backward_hands', 'FastHand', 'suits', 'fast_hand']
 
-# %% ../nbs/02c_fast_hand.ipynb #10cddf88
+# %% ../nbs/02c_fast_hand.ipynb #9987cc19
 from collections.abc import Callable
+from inspect import unwrap
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -78,10 +79,11 @@ def _pack(key: tuple, model: nn.Module) -> PackedHand:
     return PackedHand(key, stacked, *runs_of((stacked != 0).any(1).reshape(len(stacked) // 3, 3, -1).any(1)), heavy, *runs_of(heavy != 0),
                       np.array(model.parents), J_template.reshape(-1).copy(), J_directions.reshape(3 * n_bones, n_shape).T.copy(), tips.copy(), order.copy())
 
-# %% ../nbs/02c_fast_hand.ipynb #ca135a69
+# %% ../nbs/02c_fast_hand.ipynb #9f6651ff
 def vectorized(function: Callable) -> Callable:
     "Compile with Numba for vector units: sums may be reordered, but a NaN stays a NaN."
     options = dict(nogil=True, error_model="numpy", forceinline=True, fastmath={"reassoc", "contract", "nsz"})
+    function = unwrap(function)          # whatever checks arguments in Python has no place in machine code
     try: return numba.njit(cache=True, **options)(function)
     except RuntimeError: return numba.njit(**options)(function)  # no folder to keep the machine code in
 

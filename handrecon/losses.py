@@ -4,18 +4,22 @@
 
 # %% auto #0
 __all__ = ['PUBLIC_JOINT_WEIGHTS', 'REFERENCE_BONE_LENGTH', 'smooth_l1', 'joint_location_loss', 'bone_directions',
-           'bone_orientation_loss', 'photometric_confidence', 'pixel_loss', 'gaussian_blur', 'ssim_map', 'ssim',
-           'ssim_loss', 'shape_regularizer', 'texture_regularizer', 'scale_regularizer', 'joint_limit_loss']
+           'bone_orientation_loss', 'photometric_confidence', 'pixel_loss', 'gaussian_blur', 'ssim_map', 'blur_plane',
+           'ssim_plane', 'ssim', 'ssim_loss', 'shape_regularizer', 'texture_regularizer', 'scale_regularizer',
+           'joint_limit_loss']
 
-# %% ../nbs/07_losses.ipynb #59174803
+# %% ../nbs/07_losses.ipynb #54db9590
 from functools import lru_cache
 from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from .conventions import BONES, joint_limits
+from .fast_hand import vectorized
+from .raster import host, in_threads, only_once
 
 # %% ../nbs/07_losses.ipynb #ba2d2d50
 def smooth_l1(
@@ -141,14 +145,122 @@ def ssim_map(
         structure = (2 * (xy - mx * my) + C2) / (xx_yy - mx * mx - my * my + C2)
         return luminance * structure
 
-# %% ../nbs/07_losses.ipynb #5038f712
+# %% ../nbs/07_losses.ipynb #193e6b49
+def _half_window(size: int, sigma: float, dtype: np.dtype) -> np.ndarray:
+    "The left half of the Gaussian window, of an odd one the middle tap halved; zeros up to a multiple of three."
+    g = np.exp(-((np.arange(size) - (size - 1) / 2) ** 2) / (2 * sigma**2))
+    g /= g.sum()
+    if size % 2: g[size // 2] /= 2
+    half = g[:(size + 1) // 2]
+    return np.pad(half, (0, -len(half) % 3)).astype(dtype)
+
+
+@vectorized
+def _add_pairs(w, a0, b0, a1, b1, a2, b2, out):
+    w0, w1, w2 = w[0], w[1], w[2]
+    for c in range(len(out)): out[c] += w0 * (a0[c] + b0[c]) + w1 * (a1[c] + b1[c]) + w2 * (a2[c] + b2[c])
+
+# %% ../nbs/07_losses.ipynb #869f2d68
+@vectorized
+def blur_plane(x, half, size, rows, border, out):
+    "Gaussian blur of one picture (H,W) where the window fits whole, into `out` inside of a border; rows (H, W − size + 1) is scratch."
+    h, w, last = len(x) - size + 1, x.shape[1] - size + 1, size - 1
+    for r in range(len(x)):
+        line, o = x[r], rows[r]
+        o[:] = 0
+        for t in range(0, len(half), 3):
+            _add_pairs(half[t:t + 3], line[t:t + w], line[last - t:last - t + w], line[t + 1:t + 1 + w], line[last - t - 1:last - t - 1 + w],
+                       line[t + 2:t + 2 + w], line[last - t - 2:last - t - 2 + w], o)
+    for r in range(h):
+        o = out[r + border, border:border + w]
+        o[:] = 0
+        for t in range(0, len(half), 3):
+            _add_pairs(half[t:t + 3], rows[r + t], rows[r + last - t], rows[r + t + 1], rows[r + last - t - 1], rows[r + t + 2], rows[r + last - t - 2], o)
+
+# %% ../nbs/07_losses.ipynb #792ca472
+@vectorized
+def _ssim_row(mx, my, e, p, c1, c2):
+    "Sum of SSIM over one row of windows; the four statistics are replaced by SSIM's derivatives with respect to them."
+    total, two = c1 - c1, c1 / c1 + c1 / c1                       # in the precision of the pictures
+    for c in range(len(mx)):
+        a, b = mx[c], my[c]
+        d1 = a * a + b * b + c1
+        d2 = e[c] - a * a - b * b + c2
+        l, s = (two * a * b + c1) / d1, (two * (p[c] - a * b) + c2) / d2
+        total += l * s
+        mx[c] = two * (s * (b - l * a) / d1 + l * (s * a - b) / d2)
+        my[c] = two * (s * (a - l * b) / d1 + l * (s * b - a) / d2)
+        e[c], p[c] = -l * s / d2, two * l / d2
+    return total
+
+# %% ../nbs/07_losses.ipynb #150d47db
+@vectorized
+def ssim_plane(job, x, y, half, size, constants, means, wants_x, wants_y, grad_x, grad_y):
+    "Mean SSIM of one channel of one picture, and its gradients where they are wanted."
+    X, Y = x[job], y[job]
+    (H, W), border = X.shape, size - 1
+    h, w, total = H - border, W - border, 0.0
+    product, rows, maps = np.empty_like(X), np.empty((H + border, W), X.dtype), np.zeros((4, H + border, W + border), X.dtype)
+    narrow = rows.reshape(-1)[:H * w].reshape(H, w)
+    blur_plane(X, half, size, narrow, border, maps[0])
+    blur_plane(Y, half, size, narrow, border, maps[1])
+    for r in range(H):
+        for c in range(W): product[r, c] = X[r, c] * X[r, c] + Y[r, c] * Y[r, c]
+    blur_plane(product, half, size, narrow, border, maps[2])
+    for r in range(H):
+        for c in range(W): product[r, c] = X[r, c] * Y[r, c]
+    blur_plane(product, half, size, narrow, border, maps[3])
+    for r in range(border, border + h):
+        total += _ssim_row(maps[0, r, border:border + w], maps[1, r, border:border + w], maps[2, r, border:border + w], maps[3, r, border:border + w],
+                           constants[0], constants[1])
+    means[job] = total / (h * w)
+    if not (wants_x or wants_y): return
+    by_e, by_p, share = np.empty_like(X), np.empty_like(X), constants[2] / X.dtype.type(h * w)
+    blur_plane(maps[2], half, size, rows, 0, by_e)
+    blur_plane(maps[3], half, size, rows, 0, by_p)
+    if wants_x:
+        blur_plane(maps[0], half, size, rows, 0, product)
+        for r in range(H):
+            for c in range(W): grad_x[job, r, c] = share * (product[r, c] + constants[3] * X[r, c] * by_e[r, c] + Y[r, c] * by_p[r, c])
+    if wants_y:
+        blur_plane(maps[1], half, size, rows, 0, product)
+        for r in range(H):
+            for c in range(W): grad_y[job, r, c] = share * (product[r, c] + constants[3] * Y[r, c] * by_e[r, c] + X[r, c] * by_p[r, c])
+
+# %% ../nbs/07_losses.ipynb #b401d66f
+class _MeanSSIM(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, y, size):
+        planes = [host(v).reshape(-1, *v.shape[-2:]) for v in (x, y)]
+        grads = [torch.empty_like(v, memory_format=torch.contiguous_format) if wanted else v.new_empty(0, 1, 1, 1) for v, wanted in zip((x, y), ctx.needs_input_grad)]
+        means = torch.empty(x.shape[:2], dtype=torch.float64)
+        kind = planes[0].dtype
+        in_threads(ssim_plane, means.numel(), *planes, _half_window(size, 1.5, kind), size, np.array([0.01**2, 0.03**2, 1, 2], kind), means.numpy().reshape(-1),
+                   *ctx.needs_input_grad[:2], *(g.numpy().reshape(-1, *g.shape[-2:]) for g in grads))
+        ctx.save_for_backward(x, y, *grads)
+        return means.mean(1).to(x.dtype)
+
+    @staticmethod
+    @only_once("ssim has no second derivative: use ssim_map(x, y).mean((1, 2, 3))")
+    def backward(ctx, upstream):
+        share = upstream[:, None, None, None] / ctx.saved_tensors[0].shape[1]
+        return *(share * g if wanted else None for g, wanted in zip(ctx.saved_tensors[2:], ctx.needs_input_grad)), None
+
+# %% ../nbs/07_losses.ipynb #37f5d4f6
 def ssim(
     x: Float[Tensor, "B C H W"],  # intensities in [0, 1]
     y: Float[Tensor, "B C H W"],
     size: int = 11,
 ) -> Float[Tensor, " B"]:
-    "Mean structural similarity of each pair: 1 for equal pictures, at most 1 (Wang et al. 2004)."
-    return ssim_map(x, y, size).mean((1, 2, 3))
+    "Mean structural similarity of each pair: 1 for equal pictures, at most 1 (Wang et al. 2004). On the CPU by one kernel."
+    if not (x.is_cpu and y.is_cpu) or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return ssim_map(x, y, size).mean((1, 2, 3))
+    if min(x.shape[-2:]) < size:
+        raise ValueError(f"a window of {size}×{size} pixels needs pictures at least that large, got {x.shape[-2]}×{x.shape[-1]}")
+    if x.shape != y.shape:
+        raise ValueError(f"ssim compares pictures of one size, got {tuple(x.shape)} and {tuple(y.shape)}")
+    kind = torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32
+    return _MeanSSIM.apply(x.to(kind), y.to(kind), size)
 
 # %% ../nbs/07_losses.ipynb #834a9a7b
 def ssim_loss(
