@@ -655,7 +655,15 @@ def _shoot(
         image[rows] = blur(image[rows], defocus[rows], motion[rows], angle[rows])
     return develop(image, g, config.sensor_noise), mask, motion + defocus
 
-# %% ../nbs/13_synthetic.ipynb #6d79d3cb
+# %% ../nbs/13_synthetic.ipynb #97a59ca4
+def _stage(hands: Hands, g: torch.Generator, config: SyntheticConfig, hand: HandModel) -> tuple[Float[Tensor, "B W 3"], Fragments, Scene]:
+    "Dress and light the hands, and find what each fragment of the pictures shows."
+    scene = dress(hands, g, config, hand)
+    colours = expose(scene, hands.mesh.joints, hand.n_vertices, g)
+    K = hands.K * torch.tensor([OVERSAMPLE, OVERSAMPLE, 1.0])[:, None]
+    return colours, rasterize(scene.vertices, scene.faces, K, (OVERSAMPLE * config.image_size,) * 2), scene
+
+# %% ../nbs/13_synthetic.ipynb #d55bf987
 def photograph(
     hands: Hands,
     generator: torch.Generator,
@@ -664,10 +672,7 @@ def photograph(
 ) -> tuple[Observation, Truth]:
     "Dress, light, picture and detect the given hands."
     g, size, (vertices, joints) = generator, config.image_size, hands.mesh
-    scene = dress(hands, g, config, hand)
-    colours = expose(scene, joints, hand.n_vertices, g)
-    K = hands.K * torch.tensor([OVERSAMPLE, OVERSAMPLE, 1.0])[:, None]
-    fragments = rasterize(scene.vertices, scene.faces, K, (OVERSAMPLE * size, OVERSAMPLE * size))
+    colours, fragments, scene = _stage(hands, g, config, hand)
     image, mask, blur_px = _shoot(colours, fragments, scene, hand.n_faces, g, config)
     keypoints = project(joints, hands.K)
     visible = joint_visibility(OVERSAMPLE * keypoints, joints, fragments, hand.n_faces)
@@ -752,13 +757,19 @@ def _annotation_lines(hands: Hands, seen: Observation, truth: Truth, mean_pose: 
     lists += [seen.keypoints.round().long(), shortest_decimals(seen.confidence[..., None])]
     return "".join(json.dumps(values.tolist())[1:-1] + "\n" for values in lists)
 
-# %% ../nbs/13_synthetic.ipynb #561d92fb
-def _write_block(root: Path, split: str, first: int, n: int, seed: int, config: SyntheticConfig, hand: HandModel) -> str:
-    "Make n pictures, write them from number `first` on, and return their annotations."
+# %% ../nbs/13_synthetic.ipynb #61fbb21d
+def _write_block(root: Path, split: str, first: int, n: int, seed: int, config: SyntheticConfig, hand: HandModel, again: tuple[int, ...] = ()) -> str:
+    "Make n pictures, write them from number `first` on, the same hands before other backgrounds from the numbers `again` on, and return their annotations."
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         hands = sample_hands(n, g, config, hand)
+        before = g.get_state()
         seen, truth = photograph(hands, g, config, hand)
+        colours, fragments, scene = _stage(hands, g.set_state(before), config, hand) if again else (None, None, None)
+        for start in again:
+            image, _, _ = _shoot(colours, fragments, scene, hand.n_faces, torch.Generator().manual_seed(block_seed(seed, start)), config)
+            for i, picture in enumerate((image.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).numpy()):
+                write_bytes(root / split / "rgb" / f"{start + i:08d}.jpg", _jpeg(picture))
     pictures = {"rgb": seen.image.permute(0, 2, 3, 1), "mask": (truth.mask > 0.5).float()}
     for kind in _KINDS[split]:
         for i, picture in enumerate((pictures[kind] * 255).round().to(torch.uint8).numpy()):
@@ -774,8 +785,8 @@ def _join(parts: list[Path], line: int, path: Path, end: str = "]") -> None:
                 out.write((", " if i else "[") + next(islice(file, line, None)).rstrip("\n"))
         out.write(end)
 
-# %% ../nbs/13_synthetic.ipynb #72088c3a
-def _write_split(root: Path, split: str, n: int, seed: int, config: SyntheticConfig, hand: HandModel, block: int, bar) -> None:
+# %% ../nbs/13_synthetic.ipynb #50e2b707
+def _write_split(root: Path, split: str, n: int, seed: int, config: SyntheticConfig, hand: HandModel, block: int, versions: int, bar) -> None:
     "One split: the blocks that are not there yet, then the annotation files."
     for folder in [root / ".parts"] + [root / split / kind for kind in _KINDS[split]]:
         folder.mkdir(parents=True, exist_ok=True)
@@ -783,7 +794,8 @@ def _write_split(root: Path, split: str, n: int, seed: int, config: SyntheticCon
     for first, part in parts.items():
         size = min(block, n - first)
         if not part.exists():
-            write_text(part, _write_block(root, split, first, size, block_seed(seed, split == "evaluation", first), config, hand))
+            again = tuple(first + k * n for k in range(1, versions))                # FreiHAND's numbers: sample + version · samples
+            write_text(part, _write_block(root, split, first, size, block_seed(seed, split == "evaluation", first), config, hand, again))
         bar.update(size)
     for line, name in enumerate(_ANNOTATIONS[:4 if split == "evaluation" else 5]):  # FreiHAND tells no parameters of evaluation
         _join(list(parts.values()), line, root / f"{split}_{name}.json")
@@ -793,7 +805,7 @@ def _write_split(root: Path, split: str, n: int, seed: int, config: SyntheticCon
     names = json.dumps([[f"{i:08d}.jpg"] for i in range(n)])
     _join(lists, 0, root / _DETECTIONS[split], f", {names}]")
 
-# %% ../nbs/13_synthetic.ipynb #4e10d505
+# %% ../nbs/13_synthetic.ipynb #5d478416
 def write_freihand(
     root: str | Path,                    # made if it is not there
     n: int,                              # training pictures
@@ -803,14 +815,16 @@ def write_freihand(
     hand: HandModel | None = None,
     block: int = 32,
     progress: bool = True,
+    versions: int = 1,                   # 4: each training hand before three more backgrounds, as FreiHAND has it
 ) -> Path:
     """Write synthetic hands in FreiHAND's layout; call again with the same arguments to go on after an interruption.
 
     `synthetic.json` says how the folder was made. Raises ValueError where it was made, or begun, with other arguments, and OSError when the disk is full."""
     root, evaluation = Path(root), max(1, n // 10) if evaluation is None else evaluation
-    if n < 1 or evaluation < 1:
-        raise ValueError(f"write_freihand: expected at least one training and one evaluation picture, found {n} and {evaluation}")
+    if n < 1 or evaluation < 1 or not 1 <= versions <= 4:
+        raise ValueError(f"write_freihand: expected at least one training and one evaluation picture, and 1 to 4 versions, found {n}, {evaluation} and {versions}")
     recipe = json.loads(json.dumps({"seed": seed, "training": n, "evaluation": evaluation, "block": block, "config": asdict(config)}))
+    recipe |= {"versions": versions} if versions > 1 else {}
     note = root / "synthetic.json"
     found = json.loads(note.read_text()) if note.exists() else None
     if found is not None and {k: v for k, v in found.items() if k != "complete"} != recipe:
@@ -825,7 +839,7 @@ def write_freihand(
         write_text(note, json.dumps(recipe | {"complete": False}, indent=1))
         with tqdm(total=n + evaluation, unit="hand", disable=not progress) as bar:
             for split, count in (("training", n), ("evaluation", evaluation)):
-                _write_split(root, split, count, seed, config, hand or default_hand(), block, bar)
+                _write_split(root, split, count, seed, config, hand or default_hand(), block, versions if split == "training" else 1, bar)
         shutil.rmtree(root / ".parts")
         write_text(note, json.dumps(recipe | {"complete": True}, indent=1))
     except OSError as error:

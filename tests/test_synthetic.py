@@ -408,6 +408,24 @@ def test_freihand_goes_on_after_an_interruption(folder, tmp_path, monkeypatch):
     assert tree(tmp_path / "b") == tree(folder) and not left
 
 
+def test_freihand_four_backgrounds(folder, tmp_path):
+    import cv2
+
+    from handrecon.datasets import FreiHAND
+    root = write_freihand(tmp_path / "four", 5, 1, SMALL, evaluation=3, block=2, progress=False, versions=4)
+    one, four = tree(folder), tree(root)
+    assert all(four[name] == one[name] for name in one if name != "synthetic.json") and len(four) == len(one) + 15
+    data = FreiHAND(root)
+    assert len(data) == 20 and data.label(17).path.endswith("00000017.jpg")
+    read = lambda i: cv2.imread(str(root / f"training/rgb/{i:08d}.jpg")).astype(float)
+    mask = cv2.imread(str(root / "training/mask/00000002.jpg"), 0)
+    inside, outside = cv2.erode(mask, np.ones((5, 5))) > 200, cv2.dilate(mask, np.ones((9, 9))) < 50
+    for k in (1, 2, 3):
+        difference = np.abs(read(2) - read(2 + 5 * k)).mean(-1)
+        assert difference[outside].mean() > 2 * difference[inside].mean() and difference[outside].mean() > 10
+    with pytest.raises(ValueError, match="1 to 4 versions"): write_freihand(tmp_path / "five", 1, versions=5)
+
+
 def test_freihand_full_disk(tmp_path, monkeypatch):
     def full(*_): raise OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(synthetic, "_write_block", full)
