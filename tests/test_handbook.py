@@ -168,6 +168,18 @@ def test_commands_on_the_pages_exist():
             assert re.search(rf"^\W*{command}\b", shown, flags=re.M), f"{path.name} shows `handrecon {command}`, which --help does not know"
 
 
+def test_reproduction_commands_name_what_there_is():
+    from handrecon import runs
+    text = "".join(path.read_text() for path in [ROOT / "README.md", *(ROOT / "handbook").glob("*.md"), *(ROOT / "handbook/data").glob("*.md")])
+    commands = set(re.findall(r"handrecon reproduce ([a-z0-9_]+)([^`\n#]*)", text))
+    assert len(commands) > 8
+    for system, options in commands:
+        assert system in runs.SYSTEMS, system
+        module = importlib.import_module(f"handrecon.{system}")
+        for kind, known in (("profile", module.RECIPES), ("dataset", module.DATASETS)):
+            for name in re.findall(rf"--{kind} (\w+)", options): assert name in known, f"{system}{options}"
+
+
 def test_captions_are_the_words_before_the_picture():
     prose = "## A [part](x.ipynb)\n\nFirst.\n\nThe **mean** of $x$ in `code`."
     assert stage.caption(prose, "A part") == "A part: The mean of in code."
