@@ -1,6 +1,6 @@
 # make reproduce   set up, then train and evaluate S²HAND on synthetic hands (under 15 minutes on 2 cores)
 # make test        set up, then every test
-# make test-browser  set up (Chromium too), then the explorers and JupyterLab in a browser
+# make test-browser  set up (Chromium too), then the explorers, JupyterLab and the book in a browser
 # make lab         set up, then JupyterLab on the lessons
 # make explore     set up, then the explorers as web pages: sliders instead of code
 # make handbook    set up, then the book: handbook/_build/html/index.html
@@ -42,7 +42,7 @@ test: $(READY)
 # HANDRECON_BROWSER demands what the tests skip elsewhere.
 test-browser: $(READY)
 	@command -v chromium >/dev/null || (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y chromium >/dev/null)
-	HANDRECON_BROWSER=1 $(BIN)/python -m pytest -s tests/test_browser.py
+	HANDRECON_BROWSER=1 $(BIN)/python -m pytest -s tests/test_browser.py tests/test_handbook_browser.py
 
 lab: $(READY)
 	$(BIN)/jupyter lab --notebook-dir nbs
