@@ -232,20 +232,20 @@ def blend(job, image, counts, pairs, weights):
     for m in range(n):
         for c in range(channels): flat[c, pairs[job, m, 0]] += change[m, c]
 
-# %% ../nbs/05b_contour.ipynb #95669a5a
-@compiled
-def move_edge(g, piece, share, screen, vertices, K, gradient):
-    "Pass dL/dcrossing of one piece on to the two ends of its edge, in camera axes."
-    flat, g = piece[5] & 1, g * share[0]
+# %% ../nbs/05b_contour.ipynb #67232852
+@partial(compiled, forceinline=True)
+def move_edge(g, m, pieces, shares, screen, vertices, K, gradient):
+    "Pass dL/dcrossing of piece number m on to the two ends of its edge, in camera axes."
+    flat, slope = pieces[m, 5] & 1, shares[m, 2]
     for n in range(2):
-        i, part = (piece[3], 1 - share[1]) if n == 0 else (piece[4], share[1])
-        gu, gv = (-g * part * share[2], g * part) if flat else (g * part, -g * part * share[2])
+        i, part = pieces[m, 3 + n], g * shares[m, 0] * (shares[m, 1] if n else 1 - shares[m, 1])
+        gu, gv = (-part * slope, part) if flat else (part, -part * slope)
         x, y, inverse = vertices[i, 0], vertices[i, 1], screen[i, 2]
         gradient[i, 0] += gu * K[0, 0] * inverse
         gradient[i, 1] += (gu * K[0, 1] + gv * K[1, 1]) * inverse
         gradient[i, 2] -= (gu * (K[0, 0] * x + K[0, 1] * y) + gv * K[1, 1] * y) * inverse * inverse
 
-# %% ../nbs/05b_contour.ipynb #6f343f8c
+# %% ../nbs/05b_contour.ipynb #1dc68df9
 @compiled
 def blend_backward(job, image, upstream, counts, pieces, shares, pairs, weights, screen, vertices, K, grad_image, grad_vertices):
     "dL/dimage of `blend`, and dL/dvertices as the integral of gradient times contrast along the visible contour."
@@ -261,7 +261,7 @@ def blend_backward(job, image, upstream, counts, pieces, shares, pairs, weights,
         if shares[job, m, 0] == 0: continue
         contrast = 0.0
         for c in range(channels): contrast += g[c, pieces[job, m, 2]] * (before[c, pieces[job, m, 0]] - before[c, pieces[job, m, 1]])
-        move_edge(-contrast if pieces[job, m, 5] & 2 else contrast, pieces[job, m], shares[job, m], screen[job], vertices[job], K[job], grad_vertices[job])
+        move_edge(-contrast if pieces[job, m, 5] & 2 else contrast, m, pieces[job], shares[job], screen[job], vertices[job], K[job], grad_vertices[job])
 
 # %% ../nbs/05b_contour.ipynb #0dce62a7
 class _Antialias(torch.autograd.Function):

@@ -207,13 +207,13 @@ def _rasterize_backward(image, vertices, faces, K, face_index, depth, barycentri
                 s[n, 0] += d; s[n, 1] += d * x; s[n, 2] += d * y
     vertices_from_planes(sums, vertices[image], faces, K[image], gradient[image])
 
-# %% ../nbs/05_raster.ipynb #263ce2c5
+# %% ../nbs/05_raster.ipynb #49d420a4
 @compiled
 def vertices_from_planes(sums, vertices, faces, K, gradient):
     "Turn each face's sums of dL/dw (1, x, y) over its pixels into dL/dvertices, see the derivation above."
+    m = np.empty((3, 3))
     for f in range(len(faces)):
         if not sums[f].any(): continue
-        m = np.empty((3, 3))
         for n in range(3):
             v = vertices[faces[f, n]]
             m[n, 0], m[n, 1], m[n, 2] = K[0, 0] * v[0] + K[0, 1] * v[1] + K[0, 2] * v[2], K[1, 1] * v[1] + K[1, 2] * v[2], v[2]
