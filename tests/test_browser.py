@@ -113,6 +113,7 @@ class Explorer:
 
     @property
     def milliseconds(self):
+        "Processor time of the kernel: what the answer takes where nothing else runs."
         return float(self.page.get_attribute(".hr-status", "data-ms"))
 
     @property
@@ -173,9 +174,8 @@ def test_every_control_moves_the_picture(name, page, voila):
     if name == "hand":
         _a_mano_file_that_is_not_there(explorer)
     for choice in explorer.controls("select"):
-        took.append(explorer.do(lambda: _next_option(choice), choice.text_content()[:60]))
-        if name == "hand" and "MANO file" in choice.text_content():
-            choice.select_option("proxy hand")
+        if "MANO file" not in choice.text_content():
+            took.append(explorer.do(lambda: _next_option(choice), choice.text_content()[:60]))
     took += {"texture_lighting": _drag_the_lamp, "centermap": _click_a_hand, "stereo": _hover_for_depth}.get(name, lambda e: [])(explorer)
     _nonsense_is_answered(explorer)
     print(f"{name}: median {statistics.median(took):.0f} ms of {len(took)} answers, slowest {max(took):.0f} ms")
