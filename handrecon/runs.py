@@ -104,7 +104,7 @@ def code_version() -> dict[str, str | None]:
     return {"version": handrecon.__version__, "commit": commit + dirty or None, "code": digest(sources, package)}
 
 # %% ../nbs/30_runs.ipynb #913f3629
-SYSTEMS = ("s2hand", "s2hand_video", "binocular")
+SYSTEMS = ("s2hand", "s2hand_video", "binocular", "multihand")
 
 # %% ../nbs/30_runs.ipynb #f6193397
 def run_notebook(system: str) -> Path:

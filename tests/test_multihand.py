@@ -1,0 +1,211 @@
+"""The single-stage system: maps, heads, losses with and without 3D, matching, scores, drawing."""
+import json
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+
+import handrecon.multihand as M
+from handrecon.camera import project
+from handrecon.multihand import (
+    RECIPES, Answers, MultiHand, MultiHandConfig, Recipe, _distinct, average_precision, draw_hands, find_hands, load, loss_terms, match, render_hands, run_times, save, score,
+    scenes_from_data, start, train_network, true_vertices)
+from handrecon.proxy_hand import proxy_hand
+from handrecon.scenes import SceneConfig, Scenes, make_scenes
+from handrecon.training import TrainConfig, load_checkpoint
+
+TINY = MultiHandConfig(backbone="small", channels=32, head=64, stride=4, shrink=2, n_pca=30, rotation="6d", frame="ray", texture=False, focal=192.0)
+PICTURES = SceneConfig(image_size=96, focal=192.0, hands=(0, 3), size=(30.0, 70.0), oversample=1)
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return make_scenes(8, 11, PICTURES)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return MultiHand(TINY).eval()
+
+
+def perfect(scenes: Scenes, model: MultiHand) -> Answers:
+    "What a network would answer that knows the truth."
+    vertices = torch.zeros(*scenes.valid.shape, 778, 3)
+    vertices[scenes.valid] = true_vertices(model, scenes, scenes.valid)
+    number = torch.where(scenes.valid, torch.arange(scenes.valid.shape[1]), -1)
+    return Answers(scenes.valid.float(), scenes.valid, scenes.valid, number, scenes.right, scenes.keypoints, scenes.joints, vertices)
+
+
+def test_shapes_and_consistency_of_what_it_says(model, scenes):
+    with torch.no_grad():
+        peaks, out = model(scenes.image, scenes.K, max_hands=4, threshold=-1.0)
+    assert peaks.kept.all() and out.joints.shape == (8, 4, 21, 3) and out.vertices.shape == (8, 4, 778, 3)
+    assert torch.allclose(project(out.joints.flatten(1, 2), scenes.K).view(8, 4, 21, 2), out.keypoints, atol=1e-3)
+    assert torch.equal(out.right, out.side[..., 1] > out.side[..., 0])
+    for side in ("left", "right"):
+        rows = out.right if side == "right" else ~out.right
+        if not rows.any(): continue
+        rest = proxy_hand(side)(out.pose[rows], out.shape[rows], M.matrix_to_axis_angle(out.rotation[rows]))
+        assert torch.allclose(rest.joints - rest.joints[:, :1], out.joints[rows] - out.joints[rows][:, :1], atol=1e-4)
+
+
+def test_a_hand_moves_with_the_picture(model):
+    "Shifted by whole cells of the coarsest map, the same hand is found at the shifted place, turned with its ray."
+    picture = torch.zeros(1, 3, 256, 256)
+    patch = make_scenes(1, 2, replace(PICTURES, image_size=64, hands=(1, 1), size=(40.0, 50.0))).image
+    picture[..., 64:128, 64:128] = patch
+    moved = picture.roll(64, -1)
+    K = torch.tensor([[[256.0, 0, 128], [0, 256, 128], [0, 0, 1]]])
+    index = torch.tensor([[24 * 64 + 24]])
+    with torch.no_grad():
+        a = model.hands_at(model.maps(picture).features, index, K, torch.tensor([[True]]))
+        b = model.hands_at(model.maps(moved).features, index + 16, K, torch.tensor([[True]]))
+    assert torch.allclose(a.pose, b.pose, atol=1e-3)
+    centre = lambda o: project(o.joints.mean(2), K)[0, 0]
+    assert torch.allclose(centre(a) + torch.tensor([64.0, 0]), centre(b), atol=0.1)
+    assert not torch.allclose(a.rotation, b.rotation, atol=0.05)
+
+
+def test_weak_setting_never_looks_at_3d(scenes):
+    torch.manual_seed(0)
+    weak = MultiHand(replace(TINY, lambda_con=0.1))
+    blind = replace(scenes, pose=scenes.pose * torch.nan, shape=scenes.shape * torch.nan, rotation=scenes.rotation * torch.nan,
+                    translation=scenes.translation * torch.nan, joints=scenes.joints * torch.nan)
+    torch.manual_seed(1)
+    a = loss_terms(weak, scenes)
+    torch.manual_seed(1)
+    weak.load_state_dict({k: v for k, v in weak.state_dict().items()})
+    b = loss_terms(weak, blind)
+    assert set(a) == set(b) == {"L_cp", "L_lr", "L_kp", "L_rep", "L_edge", "L_pose", "L_shape", "L_con"}
+    assert all(torch.isfinite(v) for v in b.values()) and all(torch.allclose(a[k], b[k], rtol=1e-3) for k in a)
+
+
+def test_switches_turn_terms_on(scenes):
+    torch.manual_seed(0)
+    every = MultiHand(replace(TINY, texture=True, lambda_3d=1.0, lambda_pho=1.0, lambda_seg=1.0))
+    terms = loss_terms(every, scenes)
+    assert {"L_joints", "L_vertices", "L_depth", "L_pho", "L_seg"} < set(terms)
+    sum(terms.values()).backward()
+    silent = [n for n, p in every.named_parameters() if p.grad is None]
+    assert not silent, silent
+
+
+def test_empty_pictures_have_a_loss_too(model):
+    terms = loss_terms(model, make_scenes(2, 0, replace(PICTURES, hands=(0, 0))))
+    assert "L_cp" in terms and all(torch.isfinite(v) for v in terms.values())
+
+
+def test_silhouette_term_pulls_a_hand_onto_the_mask(model):
+    hand, K = proxy_hand(), torch.tensor([[[128.0, 0, 32], [0, 128, 32], [0, 0, 1]]])
+    mesh = hand(torch.zeros(1, 45)).vertices
+    mesh = mesh - mesh.mean(1, keepdim=True) + torch.tensor([0, 0, 0.5])
+    here = torch.ones(1, 1, dtype=torch.bool)
+    picture = lambda v: render_hands(model, v[:, None], torch.zeros(1, 1, 778, 3), here, here, K, (64, 64)).silhouette
+    goal, shift = picture(mesh), torch.tensor([0.02, -0.01, 0.0], requires_grad=True)
+    optimizer = torch.optim.Adam([shift], lr=0.003)
+    for _ in range(40):
+        S = picture(mesh + shift)
+        loss = 1 - (S * goal).sum() / (S + goal - S * goal).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert float(shift.detach()[:2].norm()) < 0.006 and float(loss) < 0.1
+
+
+def test_nearer_hand_is_drawn_in_front(model):
+    hand, K = proxy_hand(), torch.tensor([[128.0, 0, 32], [0, 128, 32], [0, 0, 1]])
+    mesh = hand(torch.zeros(1, 45)).vertices[0]
+    mesh = mesh - mesh.mean(0)
+    near, far = mesh + torch.tensor([0, 0, 0.5]), mesh + torch.tensor([0, 0, 0.6])
+    blank = np.zeros((64, 64, 3), np.uint8)
+    a = draw_hands(blank, [("right", near), ("left", far)], K, hand.faces, opacity=1.0)
+    b = draw_hands(blank, [("left", far), ("right", near)], K, hand.faces, opacity=1.0)
+    assert np.abs(a.astype(int) - b).max() <= 1 and a[32, 32, 2] > a[32, 32, 0]                  # blue: the right hand, whatever the order
+    assert (draw_hands(blank, [("right", mesh)], K, hand.faces) == 0).all()                      # reaches behind the camera
+
+
+def test_perfect_answers_get_perfect_scores(model, scenes):
+    result = score(perfect(scenes, model), scenes, model)
+    assert result["AP"] == result["precision"] == result["recall"] == result["side accuracy"] == 1
+    assert max(result[k] for k in ("EPE", "PA-MPJPE", "PA-MPVPE", "2D", "place", "between hands")) < 1e-3
+
+
+def test_scores_notice_what_is_wrong(model, scenes):
+    good = perfect(scenes, model)
+    swapped = score(good._replace(right=~good.right), scenes, model)
+    assert swapped["side accuracy"] == 0
+    moved = score(good._replace(joints=good.joints + torch.tensor([0.01, 0, 0])), scenes, model)
+    assert moved["EPE"] < 1e-3 and moved["place"] == pytest.approx(10, abs=1e-2) and moved["between hands"] < 1e-3
+    first = good.true.clone()
+    first[first.nonzero()[0][0]] = -1
+    half = score(good._replace(true=torch.where(scenes.valid.cumsum(1) > 1, -1, good.true)), scenes, model)
+    assert half["recall"] < 1 and half["precision"] < 1 and half["AP"] < 1
+
+
+def test_matching_takes_each_true_hand_once():
+    found, true = torch.tensor([[[0.0, 0], [1, 0], [50, 0]]]), torch.tensor([[[0.5, 0], [51, 0], [200, 0]]])
+    valid, radius = torch.ones(1, 3, dtype=torch.bool), torch.full((1, 3), 5.0)
+    assert match(found, torch.ones(1, 3, dtype=torch.bool), true, radius, valid).tolist() == [[0, -1, 1]]
+    assert match(found, torch.tensor([[False, True, True]]), true, radius, valid).tolist() == [[-1, 0, 1]]
+
+
+def test_average_precision_of_known_lists():
+    assert average_precision(torch.tensor([0.9, 0.8, 0.7]), torch.tensor([True, True, True]), 3) == 1
+    assert average_precision(torch.tensor([0.9, 0.8]), torch.tensor([False, True]), 1) == 0.5
+    assert average_precision(torch.tensor([0.9, 0.8, 0.7]), torch.tensor([True, False, True]), 2) == pytest.approx(0.5 + 0.5 * 2 / 3)
+    assert average_precision(torch.zeros(0), torch.zeros(0, dtype=torch.bool), 4) == 0
+
+
+def test_a_picture_without_hands_gives_an_empty_list(model):
+    picture, K = torch.zeros(3, 120, 200), torch.tensor([[200.0, 0, 100], [0, 200, 60], [0, 0, 1]])
+    assert find_hands(model, picture, K, min_score=0.9) == []
+    some = find_hands(model, picture, K, min_score=0.0, max_hands=3)
+    assert 1 <= len(some) <= 3 and all(a.score >= b.score for a, b in zip(some, some[1:]))
+    assert len(_distinct([some[0], some[0]])) == 1
+
+
+def test_a_second_hand_costs_no_second_pass(model):
+    from handrecon.s2hand import load as load_s2hand
+    t = run_times(model, load_s2hand(), (1, 4), size=128, repeats=2)
+    assert t["hands"] == [1, 4] and all(len(t[k]) == 2 and min(t[k]) > 0 for k in ("all at once", "hand by hand"))
+
+
+def test_training_lowers_the_loss_and_comes_back_from_a_file(tmp_path, scenes):
+    recipe = Recipe(TINY, TrainConfig(steps=12, batch_size=4, lr=2e-3, save_every=6), n_train=8, pictures=PICTURES, first_steps=2, supervised=False)
+    network = start(recipe, 0)
+    logs = train_network(network, recipe, scenes, 0, tmp_path)
+    assert list(logs) == ["single hands", "all losses"] and "L_cp" not in logs["single hands"].names
+    total = logs["all losses"]["total"]
+    assert total[-4:].mean() < total[:4].mean()
+    save(tmp_path / "net.safetensors", network, {"note": "x"})
+    again = load(tmp_path / "net.safetensors")
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in network.state_dict().items()) and again.config == TINY
+    assert load_checkpoint(tmp_path / "net.safetensors").meta["note"] == "x"
+    with pytest.raises(ValueError, match="multihand"): load(str(M.files("handrecon") / "assets/s2hand.safetensors"))
+
+
+def test_recipes_can_be_written_down_and_paper_says_what_the_paper_says():
+    for recipe in RECIPES.values(): json.dumps(asdict(recipe))
+    paper = RECIPES["paper"]
+    assert (paper.model.backbone, paper.model.lambda_3d, paper.model.stride, paper.train.batch_size) == ("resnet50", 0.0, 8, 256)
+    assert (paper.pictures.image_size, paper.pictures.focal, paper.pictures.size, paper.pictures.hands) == (512, 512.0, (96.0, 320.0), (1, 10))
+
+
+def test_unknown_choices_are_named():
+    for name, value in (("rotation", "euler"), ("frame", "world"), ("center", "wrist")):
+        with pytest.raises(ValueError, match=name): MultiHand(replace(TINY, **{name: value}))
+
+
+def test_both_hands_of_a_rhd_picture(tmp_path):
+    from handrecon.datasets import open_data
+    from handrecon.multihand import picture_groups
+    root = M.Path(__file__).parent.parent / "data/samples/rhd"
+    if not root.is_dir(): pytest.skip("no RHD sample")
+    data = open_data("rhd", root, split="training", hand="both", cache=False)
+    s = scenes_from_data(data, picture_groups(data, 2), 128)
+    assert len(s.K) >= 1 and s.valid.any() and not s.in_3d.any()
+    inside = s.visible[s.valid] > 0
+    pixels = project(s.joints.flatten(1, 2), s.K).view_as(s.keypoints)[s.valid]
+    assert (pixels - s.keypoints[s.valid])[inside].abs().max() < 1
