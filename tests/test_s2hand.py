@@ -360,3 +360,157 @@ def test_postures_are_recovered_from_clean_joints(hand, name):
     K = torch.tensor([[[700.0, 0, 300], [0, 700.0, 200], [0, 0, 1]]])
     fitted = fit_to_detections(Observation(torch.zeros(1, 3, 8, 8), K, project(joints, K), torch.ones(1, 21)), hand)
     assert 1000 * pa_mpjpe(fitted.mesh.joints, joints) < 9
+
+
+# ---- two branches, three stages
+
+BOTH = replace(SMALL, branch_stacks=1, branch_modules=1, branch_width=16, branch_depth=1)
+STAGED = replace(TINY, model=BOTH, train=TrainConfig(steps=3, batch_size=4, save_every=1), steps_2d=2, steps_joint=2)
+
+
+def new(config=BOTH):
+    torch.manual_seed(0)
+    return S2Hand(config, proxy_hand(n_pca=30, flat_hand_mean=False))
+
+
+def test_the_2d_branch_leaves_the_3d_branch_as_it_was(batch):
+    alone, both = new(SMALL).eval(), new().eval()
+    a, b = alone(batch[0].image, batch[0].K), both(batch[0].image, batch[0].K, with_branch=True)
+    assert torch.equal(a.keypoints, b.keypoints) and a.estimate is None and b.estimate.xy.shape == (8, 21, 2)
+    assert set(loss_terms(b, batch[0], BOTH)) - set(loss_terms(a, batch[0], SMALL)) == {"E_2d", "E_cons"}
+
+
+@pytest.mark.parametrize("weights, gone", [
+    (dict(w_ori=0.0), {"E_ori"}), (dict(w_photo=0.0), {"E_pixel", "E_SSIM", "E_C"}), (dict(w_2d=0.0), {"E_2d"}), (dict(w_cons=0.0), {"E_cons"}),
+    (dict(w_2d=0.0, w_cons=0.0), {"E_2d", "E_cons"}), (dict(w_regu=0.0), {"E_beta", "E_s", "E_J", "E_C"}), (dict(w_SSIM=0.0), {"E_SSIM"})])
+def test_a_weight_of_zero_switches_a_term_off(batch, weights, gone):
+    every = {"E_loc", "E_ori", "E_beta", "E_s", "E_J", "E_pixel", "E_SSIM", "E_C", "E_2d", "E_cons"}
+    network = new(replace(BOTH, **weights))
+    found = loss_terms(network(batch[0].image, batch[0].K, with_branch=True), batch[0], network.config)
+    assert set(found) == every - gone
+    assert (network.branch is None) == (gone == {"E_2d", "E_cons"}) and (network.encoder.appearance is None) == ("E_pixel" in gone)
+
+
+def test_losses_of_both_branches_reach_both(batch):
+    network = new()
+    terms = loss_terms(network(batch[0].image, batch[0].K, with_image=False, with_branch=True), batch[0], BOTH)
+    moves = lambda loss, part: any(g is not None and g.abs().sum() > 0 for g in torch.autograd.grad(loss, list(part.parameters()), retain_graph=True, allow_unused=True))
+    assert moves(terms["E_cons"], network.branch) and moves(terms["E_cons"], network.encoder.geometry)
+    assert moves(terms["E_2d"], network.branch) and not moves(terms["E_2d"], network.encoder.geometry)
+    assert not moves(terms["E_loc"], network.branch)
+
+
+def test_stages_are_the_paper_s(batch):
+    plan = stages(replace(STAGED, lr_joint=2.5e-4), batch[0], seed=3)
+    assert [(s.name, s.part, s.train.steps) for s in plan] == [("branch", "branch", 2), ("hand", "all", 3), ("joint", "all", 2)]
+    assert plan[2].train.lr == 2.5e-4 and plan[2].train.factor == 1 / 3 and plan[0].train.factor == plan[1].train.factor == 0.5
+    assert [s.name for s in stages(replace(STAGED, model=SMALL), batch[0], 3)] == ["hand", "joint"]              # nothing to train alone
+    assert [s.name for s in stages(STAGED, batch[0], 3, batch[1])] == ["hand", "joint"]                          # the supervised baseline has the same budget
+
+
+@pytest.mark.parametrize("stop_in", ["branch", "hand", "joint"])
+def test_resume_across_stages_is_exact(tmp_path, batch, stop_in):
+    whole, broken = new(), new()
+    learn(whole, stages(STAGED, batch[0], 0), tmp_path / "a", progress=False)
+
+    class Stop(Exception): pass
+
+    def interrupted(stage):
+        loss, count = stage.loss, [0]
+        def failing(model, data):
+            count[0] += 1
+            if count[0] == 2: raise Stop
+            return loss(model, data)
+        return stage._replace(loss=failing) if stage.name == stop_in else stage
+    with pytest.raises(Stop): learn(broken, [interrupted(s) for s in stages(STAGED, batch[0], 0)], tmp_path / "b", progress=False)
+    again = new()
+    learn(again, stages(STAGED, batch[0], 0), tmp_path / "b", resume=True, progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values()))
+
+
+def test_what_teaches(batch):
+    seen, known = batch
+    assert s2hand.teaching(seen, known, TINY) == seen or torch.equal(s2hand.teaching(seen, known, TINY).keypoints, seen.keypoints)
+    true = s2hand.teaching(seen, known, replace(TINY, supervision="true-2d", confidence="equal"))
+    assert torch.equal(true.keypoints, known.keypoints) and (true.confidence == 1).all()
+    equal = s2hand.teaching(seen, known, replace(TINY, confidence="equal"))
+    assert torch.equal(equal.confidence, (seen.confidence > 0).float()) and torch.equal(equal.keypoints, seen.keypoints)
+    weighted = s2hand.teaching(seen, known, replace(TINY, supervision="true-2d"))
+    assert torch.equal(weighted.confidence, seen.confidence) and torch.equal(weighted.keypoints, known.keypoints)
+    with pytest.raises(ValueError, match="true-2d or true-3d, found 'magic'"): replace(TINY, supervision="magic")
+
+
+def test_mixed_precision_leaves_the_hand_alone(batch):
+    network = new().eval()
+    code, look = network.encoder(batch[0].image)
+    exact = network.decode(code, look, batch[0].K, (64, 64))
+    with torch.autocast("cpu", torch.bfloat16): mixed = network.decode(code, look, batch[0].K, (64, 64))
+    assert torch.equal(exact.mesh.vertices, mixed.mesh.vertices) and torch.equal(exact.image, mixed.image) and torch.equal(exact.keypoints, mixed.keypoints)
+    recipe = replace(STAGED, train=replace(STAGED.train, precision="bfloat16"))
+    learn(new(), stages(recipe, batch[0], 0), progress=False)
+
+
+def test_faces_have_colours_too_and_learn(batch):
+    network = new(replace(SMALL, texture="face"))
+    before = [p.detach().clone() for p in network.encoder.appearance.parameters()]
+    learn(network, stages(replace(TINY, model=network.config, photo=1.0), batch[0], 0), progress=False)
+    assert network(batch[0].image, batch[0].K).appearance.texture.shape == (8, network.hand.n_faces, 3)
+    assert all(not torch.equal(a, b) for a, b in zip(before, network.encoder.appearance.parameters()))
+
+
+def test_a_branch_can_join_a_network_and_travel_with_it(tmp_path, batch):
+    donor, alone = new(), new(replace(SMALL, n_points=0))
+    donor.branch.calibration.copy_(torch.tensor([0.3, 0.7]))
+    both = s2hand.with_branch(alone, donor.branch, BOTH)
+    save(tmp_path / "both.safetensors", both, dtype=torch.float16)
+    again = load(tmp_path / "both.safetensors")
+    xy, con = s2hand.detect(again, batch[0].image)
+    assert torch.allclose(xy, donor.branch.eval()(batch[0].image).xy, atol=0.1) and (con > 0).all() and (con <= 1).all()
+    assert torch.allclose(predict(again, batch[0]).joints, predict(alone, batch[0]).joints, atol=2e-3)
+    with pytest.raises(ValueError, match="no 2D branch"): s2hand.detect(alone, batch[0].image)
+
+
+def test_files_from_before_the_branch_still_load(tmp_path):
+    from handrecon.training import load_checkpoint, save_checkpoint
+    save(tmp_path / "new.safetensors", new(SMALL))
+    meta = load_checkpoint(tmp_path / "new.safetensors").meta
+    old = {k: v for k, v in meta["config"].items() if not k.startswith(("branch_", "w_2d", "w_cons"))}
+    save_checkpoint(tmp_path / "old.safetensors", new(SMALL), {"system": "s2hand", "config": old})
+    assert load(tmp_path / "old.safetensors").branch is None
+
+
+# ---- what is told about the result
+
+def test_distances_of_the_three_sets_of_key_points(batch):
+    seen, known = batch
+    found = s2hand.keypoint_distances(new().eval(), replace(seen, keypoints=known.keypoints + 3.0), known)
+    assert set(found) == {"detections", "projected", "branch"} and len({len(d) for d in found.values()}) == 1
+    assert torch.allclose(found["detections"], torch.tensor(3 * 2**0.5 * 224 / 64), rtol=1e-4)
+
+
+def test_photometric_error_needs_no_texture_branch(batch):
+    painted, plain = s2hand.photometric_error(new(SMALL), *batch), s2hand.photometric_error(new(replace(SMALL, w_photo=0.0)), *batch)
+    assert all(abs(painted[name] - plain[name]) < 0.02 for name in ("L1", "1-SSIM", "IoU"))     # untrained: mean skin either way
+
+
+def test_failures_are_found(batch, hand):
+    seen, known = batch
+    right = Prediction(known.joints, known.vertices, known.keypoints)
+    mirrored = right._replace(joints=(known.joints - known.joints[:, :1]) * torch.tensor([1.0, 1, -1]) + known.joints[:, :1])
+    assert not s2hand.failure_causes(right, known, seen)["depth flip"].any()
+    assert s2hand.failure_causes(mirrored, known, seen)["depth flip"][s2hand.wrist_error(mirrored, known) > 5].all()
+    bad = replace(seen, keypoints=known.keypoints + 30, confidence=torch.ones_like(seen.confidence))
+    assert s2hand.failure_causes(right, known, bad)["poor detection"].all()
+    table = s2hand.failure_table(mirrored, known, seen)
+    assert set(table) == {"depth flip", "fist", "extreme view", "poor detection", "none of these"} and 0 <= table["fist"]["share"] <= 1
+    sheet, words = s2hand.failure_gallery(hand.faces, mirrored, known, seen, rows=3, side=48)
+    assert len(words) == 3 and "depth flip" in words[0] and sheet.std() > 5
+
+
+def test_claims_can_be_commanded():
+    from handrecon.claims import expected_config
+    metrics = {"loc", "ori", "branch", "all"}
+    for claim in s2hand.CLAIMS:
+        assert {address.split(":")[0] for address in claim.ours.values()} <= {run.name for run in claim.runs}
+        for run in claim.runs: assert len(expected_config(claim, run, 0)["hash"]) == 12
+    assert {run.name for run in s2hand.CLAIMS[1].runs} == metrics
