@@ -64,7 +64,7 @@ def depth_error(
 # %% ../nbs/09_stereo.ipynb #3bacdd0e
 def warp(
     image: Float[Tensor, "B C H W"],      # what one camera sees
-    disparity: Float[Tensor, "B H W"],    # of the view to be predicted, pixels
+    disparity: Float[Tensor, "_ _ _"],    # (B, H, W), of the view to be predicted, pixels
 ) -> Float[Tensor, "B C H W"]:            # 0 where the sample lies outside
     "`image` looked up `disparity` to the left of each pixel: from right to left; with −disparity from left to right."
     B, _, H, W = image.shape

@@ -48,7 +48,7 @@ class Rig:
         "Intrinsics of n pictures."
         return torch.tensor([[self.focal, 0, self.cx], [0, self.focal, self.cy], [0, 0, 1]]).expand(n, 3, 3)
 
-    def scaled(self, factor: float) -> "Rig":
+    def scaled(self, factor: float | int) -> "Rig":
         "The same cameras with larger or smaller pixels."
         size = round(self.height * factor), round(self.width * factor)
         return replace(self, focal=self.focal * factor, cx=self.cx * factor, cy=self.cy * factor, height=size[0], width=size[1])

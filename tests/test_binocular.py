@@ -1,0 +1,271 @@
+"""Binocular transfer: what the network says in pixels, what fine-tuning may see, what Eq. 10 finds, and that a run is its settings."""
+import json
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+from handrecon.binocular import (
+    CLAIMS, RECIPES, BinocularConfig, MeshPixels, MeshRegressor, Reconstruction, TransferBatch, aside, find_in_right, fit_hand, heat_map_loss, interpolation_weights,
+    joints_of, learn_prior, load, load_pairs, loss_terms, mesh_from_relief, own_edges, predict, prepare_transfer, prior_targets, prior_terms, PriorBatches, reconstruct_files,
+    reconstruct_pair, save, score, spread_points, stb_pairs, transfer)
+from handrecon.camera import project, unproject
+from handrecon.layouts import write_layout
+from handrecon.proxy_hand import proxy_hand, sample_poses, sample_shapes
+from handrecon.stereo import StereoWeights, disparity_to_depth, edge_lengths
+from handrecon.stereo_pairs import STB_RIG, StereoCrops, Views, crop_pair, make_labelled, make_pairs, skin_mask
+from handrecon.training import TrainConfig
+from handrecon.viz import save_picture, to_picture
+
+TINY = replace(RECIPES["smoke"], model=BinocularConfig(backbone="small", encoder="", image_size=64, channels=16), prior=TrainConfig(steps=2, batch_size=8),
+               train=TrainConfig(steps=2, batch_size=4), n_prior=16, n_train=8, n_eval=8)
+
+
+@pytest.fixture(scope="module")
+def hand():
+    return proxy_hand()
+
+
+@pytest.fixture(scope="module")
+def model(hand):
+    torch.manual_seed(0)
+    return MeshRegressor(TINY.model, hand).eval()
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    views, truth = make_pairs(6, 3, STB_RIG.scaled(0.4))
+    return views, truth, crop_pair(views, 64)
+
+
+def _true_pixels(vertices, K, edges):
+    middle = vertices[..., 2].mean(1, keepdim=True)
+    return MeshPixels(project(vertices, K), K[:, :1, 0] * (vertices[..., 2] / middle - 1), edge_lengths(vertices, edges).mean(1))
+
+
+def test_points_are_spread_and_span_the_mesh(hand):
+    points = spread_points(hand.v_template, 98)
+    assert len(points.unique()) == 98
+    made = lambda seed: hand(sample_poses(60, torch.Generator().manual_seed(seed)), sample_shapes(60, torch.Generator().manual_seed(seed))).vertices
+    blend, fresh = interpolation_weights(made(1), points), made(2)
+    assert torch.allclose(blend.sum(1), torch.ones(hand.n_vertices), atol=1e-4)
+    assert (blend @ fresh[:, points] - fresh).norm(dim=-1).mean() < 0.002
+
+
+def test_a_peak_in_the_heat_map_is_a_place(model):
+    heat = torch.full((2, 98, 16, 16), -40.0)
+    heat[0, :, 3, 12] = heat[1, :, 15, 0] = 40.0
+    seen = model.read(heat, torch.full_like(heat, 0.25), torch.tensor([0.0, 0.5]), 64)
+    assert torch.allclose(seen.uv[0], torch.tensor([50.0, 14.0]), atol=1e-2) and torch.allclose(seen.uv[1], torch.tensor([2.0, 62.0]), atol=1e-2)
+    assert torch.allclose(seen.relief, torch.tensor(16.0), atol=1e-2) and torch.allclose(seen.size[1] / seen.size[0], torch.tensor(0.5).exp())
+
+
+def test_heat_map_loss_is_least_at_the_truth():
+    place = torch.tensor([[[5.5, 9.5]]])
+    line = torch.arange(16) + 0.5
+    target = -((line[:, None] - 9.5) ** 2 + (line - 5.5) ** 2) / (2 * 0.8**2)
+    best = heat_map_loss(target[None, None], place)
+    assert best < heat_map_loss(target.roll(1, 1)[None, None], place) and best < heat_map_loss(2 * target[None, None], place) and best < heat_map_loss(0.5 * target[None, None], place)
+
+
+def test_true_pixels_give_the_true_mesh_both_ways(model, pairs):
+    _, truth, crops = pairs
+    l, r = _true_pixels(truth.vertices, crops.K_left, model.edges), _true_pixels(truth.vertices - aside(crops.baseline), crops.K_right, model.edges)
+    assert (mesh_from_relief(l, crops.K_left, model.edges) - truth.vertices).abs().max() < 1e-4
+    z = disparity_to_depth((l.uv - r.uv)[..., 0], crops.focal, crops.baseline, crops.shift)
+    assert (unproject(l.uv, z, crops.K_left) - truth.vertices).abs().max() < 1e-4
+    assert (joints_of(truth.vertices, model.hand) - truth.joints).norm(dim=-1).mean() < 0.002
+
+
+def test_left_and_right_mesh_share_x_and_z_in_the_binocular_variant(model, pairs):
+    with torch.no_grad(): out = reconstruct_pair(model, pairs[2])
+    assert (out.left - out.right)[..., 2].abs().max() < 1e-5 and (out.left - out.right)[..., 0].abs().max() < 1e-4
+    with torch.no_grad(): alone = reconstruct_pair(model, pairs[2], "monocular")
+    assert (alone.left - alone.right)[..., 2].abs().max() > 1e-4
+
+
+# --- nothing of the target's truth gets in
+
+def test_batches_hold_pictures_cameras_and_what_was_made_of_them():
+    assert [f.name for f in fields(TransferBatch)] == ["crops", "mask_left", "mask_right", "edges_left", "edges_right"]
+    assert [f.name for f in fields(StereoCrops)] == ["left", "right", "K_left", "K_right", "baseline"]
+
+
+def test_fine_tuning_is_the_same_whatever_the_truth_is(hand):
+    "Preparation and training read the pictures, boxes and rig of the views; the truth may be anything, or absent."
+    views, truth = make_pairs(6, 3, STB_RIG.scaled(0.4))
+    results = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        network = MeshRegressor(TINY.model, hand)
+        transfer(network, crop_pair(Views(*views), 64), TINY.train, progress=False)
+        results.append(torch.cat([p.flatten() for p in network.parameters()]))
+        for part in truth: part.zero_()
+    assert torch.equal(*results)
+
+
+def test_masks_come_from_the_pictures_alone(model, pairs):
+    crops = pairs[2]
+    batch = prepare_transfer(model, crops)
+    assert torch.equal(batch.mask_left, skin_mask(crops.left)) and torch.equal(batch.mask_right, skin_mask(crops.right))
+    dark = replace(crops, left=crops.left * 0, right=crops.right * 0)
+    assert not torch.equal(prepare_transfer(model, dark).mask_left, batch.mask_left)
+
+
+def test_the_loss_refuses_anything_but_a_transfer_batch(model, pairs):
+    with torch.no_grad(): out = reconstruct_pair(model, pairs[2])
+    with pytest.raises(Exception, match="TransferBatch"):
+        loss_terms(out, pairs[1], model)
+
+
+# --- the losses
+
+def test_every_weight_scales_its_terms_and_zero_leaves_them_out(hand, pairs):
+    crops, values = pairs[2], {}
+    for factor in (1, 2):
+        w = StereoWeights(*(factor * getattr(StereoWeights(), f.name) for f in fields(StereoWeights)))
+        torch.manual_seed(0)
+        network = MeshRegressor(replace(TINY.model, weights=w), hand).eval()
+        with torch.no_grad(): values[factor] = loss_terms(reconstruct_pair(network, crops), prepare_transfer(network, crops), network)
+    assert set(values[1]) == {f"{n}_{s}" for n in ("photo", "edge", "lap", "mask") for s in ("left", "right")} | {"chamfer", "normal"}
+    assert all(torch.isclose(values[2][k], 2 * values[1][k]) for k in values[1])
+    for name in ("photo", "edge", "lap", "mask", "chamfer", "normal"):
+        network.config = replace(TINY.model, weights=replace(StereoWeights(), **{name: 0.0}))
+        with torch.no_grad(): left = loss_terms(reconstruct_pair(network, crops), prepare_transfer(network, crops), network)
+        assert not any(k.split("_")[0] == name for k in left) and len(left) == (8 if name not in ("chamfer", "normal") else 9)
+
+
+def test_left_right_consistency_alone_finds_the_depth(model):
+    views, truth = make_pairs(6, 3, STB_RIG.scaled(0.4))
+    crops = crop_pair(views, 64)
+    l, r = _true_pixels(truth.vertices, crops.K_left, model.edges), _true_pixels(truth.vertices - aside(crops.baseline), crops.K_right, model.edges)
+    offset = torch.full((6, 1), 2.0, requires_grad=True)
+    lengths = edge_lengths(truth.vertices, model.edges)
+    batch = TransferBatch(crops, skin_mask(crops.left), skin_mask(crops.right), lengths, lengths)
+    optimizer, errors = torch.optim.Adam([offset], lr=0.25), []
+    for _ in range(16):
+        u_r = r.uv[..., 0] + offset
+        z = disparity_to_depth(l.uv[..., 0] - u_r, crops.focal, crops.baseline, crops.shift, farthest=3.0)
+        out = Reconstruction(unproject(l.uv, z, crops.K_left), unproject(torch.stack([u_r, r.uv[..., 1]], -1), z, crops.K_right) + aside(crops.baseline), l, r)
+        errors.append(float((z - truth.vertices[..., 2]).detach().abs().mean()))
+        optimizer.zero_grad()
+        sum(v for k, v in loss_terms(out, batch, model).items() if not k.startswith("edge")).backward()
+        optimizer.step()
+    assert errors[-1] < 0.5 * errors[0]
+
+
+def test_pseudo_labels_have_the_size_that_the_pair_says(model, pairs):
+    lengths, _ = own_edges(model, pairs[2])
+    near = replace(pairs[2], baseline=pairs[2].baseline / 2)     # half the baseline, same disparities: half as far, half as large
+    assert torch.allclose(own_edges(model, near)[0], lengths / 2, rtol=1e-3)
+
+
+# --- the prior
+
+def test_prior_targets_move_with_the_picture(model):
+    targets = prior_targets(make_labelled(4, 0, 64), model.edges)
+    still = PriorBatches(targets, 4, 0, turn=0.0, zoom=0.0, shift=0.0).batch_at(0)
+    order = [int((targets.uv - uv).abs().flatten(1).sum(1).argmin()) for uv in still.uv]
+    assert torch.allclose(still.uv, targets.uv[order], atol=1e-3) and torch.allclose(still.image, targets.image[order], atol=1e-4)
+    moved = PriorBatches(targets, 4, 0).batch_at(0)
+    assert torch.equal(moved.image, PriorBatches(targets, 4, 0).batch_at(0).image) and (moved.uv - still.uv).abs().max() > 1
+
+
+def test_prior_learns(model, hand):
+    torch.manual_seed(0)
+    network = MeshRegressor(TINY.model, hand)
+    batch = prior_targets(make_labelled(8, 0, 64), network.edges)
+    optimizer, totals = torch.optim.Adam(network.parameters(), 3e-3), []
+    for _ in range(12):
+        total = sum(prior_terms(network, batch).values())
+        optimizer.zero_grad(); total.backward(); optimizer.step()
+        totals.append(float(total.detach()))
+    assert totals[-1] < 0.8 * totals[0]
+
+
+def test_prior_is_learned_once_and_shared(tmp_path):
+    first, second = (learn_prior(TINY, 0, tmp_path, progress=False) for _ in range(2))
+    assert not first.reused and second.reused and first.hash == second.hash and first.seconds == second.seconds
+    assert all(torch.equal(a, b) for a, b in zip(first.model.state_dict().values(), second.model.state_dict().values()))
+    assert learn_prior(replace(TINY, n_prior=17), 0, tmp_path, progress=False).hash != first.hash
+    ablated = replace(TINY, model=replace(TINY.model, weights=replace(StereoWeights(), photo=0.0), variant="monocular"), n_train=99)
+    assert learn_prior(ablated, 0, tmp_path, progress=False).hash == first.hash      # what only fine-tuning uses does not matter
+
+
+def test_pairs_are_kept_and_test_pairs_are_the_same_for_every_seed(tmp_path):
+    a, b = (load_pairs("synthetic", "", TINY, seed, tmp_path, held_out=True) for seed in (0, 1))
+    assert torch.equal(a.crops.left, b.crops.left)
+    assert not torch.equal(load_pairs("synthetic", "", TINY, 0, tmp_path).crops.left, load_pairs("synthetic", "", TINY, 1, tmp_path).crops.left)
+    wide = load_pairs("synthetic", "", replace(TINY, baseline=0.24), 0, tmp_path, held_out=True)
+    assert torch.allclose(wide.crops.baseline, torch.tensor(0.24))
+
+
+def test_rig_by_name():
+    assert replace(TINY, rig="paper", pixels=1.0).cameras().focal == 762.7
+    with pytest.raises(ValueError, match="stb, paper"):
+        replace(TINY, rig="kinect").cameras()
+
+
+# --- STB
+
+def test_stb_is_read_mirrored_to_right_hands(tmp_path):
+    write_layout("stb", tmp_path, 24, progress=False)
+    pairs = stb_pairs(tmp_path, 6, False, 64)
+    assert pairs.crops.left.shape == (6, 3, 64, 64) and pairs.joints.shape == (6, 21, 3)
+    u_l, u_r = project(pairs.joints, pairs.crops.K_left), project(pairs.joints - aside(pairs.crops.baseline), pairs.crops.K_right)
+    assert ((u_l > 0) & (u_l < 64)).float().mean() > 0.95 and ((u_r > 0) & (u_r < 64)).float().mean() > 0.95
+    assert torch.allclose(disparity_to_depth((u_l - u_r)[..., 0], pairs.crops.focal, pairs.crops.baseline, pairs.crops.shift), pairs.joints[..., 2], atol=1e-4)
+    on_skin = torch.stack([skin_mask(pairs.crops.left)[i][u_l[i, 9, 1].long(), u_l[i, 9, 0].long()] for i in range(6)])
+    assert on_skin.mean() > 0.6
+    assert "vertices" not in score(torch.zeros(6, 778, 3), pairs, proxy_hand())
+
+
+# --- what comes out
+
+def test_checkpoint_round_trip(tmp_path, model, pairs):
+    save(tmp_path / "x.safetensors", model, {"seed": 0})
+    again = load(tmp_path / "x.safetensors")
+    assert torch.equal(predict(again, pairs[2]), predict(model, pairs[2])) and again.config == model.config
+
+
+def test_hand_model_fits_a_mesh(hand):
+    g = torch.Generator().manual_seed(2)
+    known = hand(sample_poses(3, g), sample_shapes(3, g), torch.randn(3, 3, generator=g), torch.tensor([[0.0, 0.1, 0.6]]).expand(3, 3))
+    fitted = fit_hand(known.vertices, hand)
+    again = hand(fitted.pose, fitted.shape, fitted.rotation, fitted.translation)
+    assert torch.allclose(again.joints, fitted.mesh.joints) and fitted.error.max() < 0.004
+    with pytest.raises(ValueError, match="expected 778"):
+        fit_hand(torch.zeros(1, 10, 3), hand)
+
+
+def test_own_pair_to_files(tmp_path, model, pairs):
+    views, truth, _ = pairs
+    for name, picture in (("l", views.left[0]), ("r", views.right[0])): save_picture(tmp_path / f"{name}.png", to_picture(picture))
+    save(tmp_path / "net.safetensors", model)
+    rig, box = views.rig, [max(0.0, v) for v in views.box_left[0].tolist()]
+    box[2], box[3] = min(box[2], rig.width), min(box[3], rig.height)
+    record = reconstruct_files(tmp_path / "l.png", tmp_path / "r.png", (rig.focal, rig.cx, rig.cy, rig.baseline), box, tmp_path / "net.safetensors", tmp_path / "out")
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"l.glb", "l.overlay.png", "hands.json"}
+    assert json.loads((tmp_path / "out/hands.json").read_text())["depth"] == pytest.approx(record["depth"])
+    assert abs(record["depth"] - truth.vertices[0, :, 2].mean()) < 0.3          # an untrained network, but the boxes already say something
+    with pytest.raises(ValueError, match="does not lie in"):
+        reconstruct_files(tmp_path / "l.png", tmp_path / "r.png", (rig.focal, rig.cx, rig.cy, rig.baseline), [0.0, 0, 9999, 50], tmp_path / "net.safetensors", tmp_path / "out")
+
+
+def test_the_hand_is_found_in_the_right_picture(pairs):
+    views, truth, _ = pairs
+    for i in range(3):
+        box = find_in_right(to_picture(views.left[i]), to_picture(views.right[i]), views.box_left[i], views.rig)
+        true = views.rig.focal * views.rig.baseline / truth.vertices[i, :, 2].mean()
+        assert abs(float(views.box_left[i, 0] - box[0]) - float(true)) < 8
+
+
+def test_recipes_and_claims_are_whole():
+    assert {"smoke", "ledger", "cpu", "gpu", "paper"} <= set(RECIPES)
+    assert RECIPES["paper"].model == BinocularConfig() and RECIPES["paper"].cameras() == STB_RIG
+    labels = {c.id: c for c in CLAIMS}
+    assert labels["binocular-table1"].paper["test directly, mm"] == 44.54 and len(labels["binocular-table2"].runs) == 7
+    from handrecon.runs import resolve
+    for claim in CLAIMS:
+        for run in claim.runs: resolve("binocular", run.profile, run.overrides)
+        assert all(address.split(":")[0] in {r.name for r in claim.runs} for address in claim.ours.values())
