@@ -92,7 +92,18 @@ def _numbers(text: str, option: str, n: int) -> list[float]:
         raise ValueError(f"{option} expects {n} numbers separated by commas, found {text!r}")
     return values
 
-# %% ../nbs/31_cli.ipynb #0fa7fc15
+# %% ../nbs/31_cli.ipynb #ff541979
+def _reconstruct_pair(inputs: list[Path], out: Path, checkpoint: Path | None, box: list[float] | None, rig: list[float]) -> None:
+    "Both pictures of a stereo pair to one hand in absolute coordinates."
+    if len(inputs) != 2: raise ValueError(f"--stereo expects two pictures, LEFT RIGHT, found {len(inputs)}")
+    if box is None: raise ValueError("--stereo needs --box, the hand in the left picture")
+    if checkpoint is None: raise ValueError("--stereo needs --checkpoint, a network of the binocular system: handrecon reproduce binocular makes one")
+    from handrecon.binocular import reconstruct_files
+    record = reconstruct_files(*inputs, tuple(rig), box, checkpoint, out)
+    typer.echo(f"{inputs[0].name} + {inputs[1].name}: a right hand {record['depth']:.3f} m away; hand model fitted to {1000 * record['fit_error']:.1f} mm")
+    typer.echo(f"Results: {out}")
+
+# %% ../nbs/31_cli.ipynb #2129f25a
 @app.command()
 @guarded
 def reconstruct(
@@ -105,12 +116,25 @@ def reconstruct(
     box: Annotated[str | None, typer.Option(metavar="X0,Y0,X1,Y1", help="Where the hand is, pixels; default: everywhere.")] = None,
     fit: Annotated[bool, typer.Option(help="Move the result onto the detections.")] = True,
     adapt: Annotated[int, typer.Option(metavar="STEPS", min=0, help="First fine-tune the network on each video's own detections.")] = 0,
+    stereo: Annotated[str | None, typer.Option(metavar="F,CX,CY,B", help="LEFT RIGHT of a rectified rig: pixels, and its baseline in metres; with --box (left) and --checkpoint.")] = None,
+    min_score: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Of a hand that is found in a photo; default: the network's.")] = None,
+    max_hands: Annotated[int, typer.Option(min=1, help="Most hands to find in a photo.")] = 10,
+    refine: Annotated[str | None, typer.Option(metavar="s2hand", help="Show each hand that was found to this network.")] = None,
 ) -> None:
     """Reconstruct hands from photos and videos.
 
     Writes for each NAME: NAME.glb (a mesh; of a video its animation), NAME.overlay.png or .mp4, NAME.npz (vertices),
     NAME.plots.png of a video, and hands.json for all of them."""
     corners = None if box is None else _numbers(box, "--box", 4)
+    if stereo is not None:
+        return _reconstruct_pair(inputs, out, checkpoint, corners, _numbers(stereo, "--stereo", 4))
+    from handrecon.every_hand import choose_finder, reconstruct_every_hand
+    finder = choose_finder(inputs, detections, corners, side, checkpoint, adapt, min_score, max_hands, focal, refine)
+    if finder is not None:
+        for summary in reconstruct_every_hand(inputs, out, finder, finder.name):
+            typer.echo(str(summary) + ("" if summary.hands else ": nothing in it looks like a hand (--min-score lowers the bar)"))
+        typer.echo(f"Results: {out}")
+        return
     from handrecon.reconstruct import load_network, reconstruct as run
     network, label = load_network(checkpoint, needed=detections is None or not fit or adapt > 0)
     for summary in run(inputs, out, network, detections, side, focal, corners, fit, checkpoint=label, adapt=adapt):
@@ -198,16 +222,15 @@ def export(
     out: Annotated[Path, typer.Option(help="File to write.")],
     checkpoint: Annotated[Path | None, typer.Option(help="Trained network; default: the one that was shipped, if any.")] = None,
     format: Annotated[str, typer.Option(help="onnx")] = "onnx",
-    batch: Annotated[int, typer.Option(min=1, help="Pictures that the graph takes at once.")] = 1,
 ) -> None:
-    "Write a network, from the picture to the mesh, as a graph that runs without PyTorch."
+    "Write a network, from pictures to meshes, as a graph that runs without PyTorch."
     if format != "onnx":
         raise ValueError(f"--format expects onnx, found {format!r}")
     from handrecon.backends import engine, export_onnx, onnx_agreement
     from handrecon.reconstruct import load_network
     for needed in ("onnx", "onnxruntime"): engine(needed)
     network, label = load_network(checkpoint, needed=True)
-    export_onnx(network, out, batch)
+    export_onnx(network, out)
     typer.echo(f"{out}: {label}, picture to mesh, {out.stat().st_size / 1e6:.1f} MB; differs from PyTorch by at most {max(onnx_agreement(network, out).values()):.0e}")
 
 # %% ../nbs/31_cli.ipynb #7b6e4ead
