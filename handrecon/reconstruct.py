@@ -336,14 +336,17 @@ def _look_for_joints(network: S2Hand, observed: Observation, hands: list[Hand2D]
     whole = uncrop_points(torch.where(left, mirror_points(xy, size), xy), torch.stack([hand.box for hand in hands]), size)
     return replace(observed, keypoints=xy, confidence=confidence), [replace(h, xy=p, confidence=c) for h, p, c in zip(hands, whole, confidence)]
 
-# %% ../nbs/18_reconstruct.ipynb #35ddbdb4
-def upright_roll(seen: Observation) -> Float[Tensor, "B"]:  # radians
+# %% ../nbs/18_reconstruct.ipynb #c957213a
+def upright_roll(
+    keypoints: Float[Tensor, "B 21 2"],   # detected, pixels
+    confidence: Float[Tensor, "B 21"],    # 0 = missing
+) -> Float[Tensor, "B"]:                  # radians
     "Clockwise turn that puts the knuckles above the wrist; 0 where either was not detected."
     knuckles = [5, 9, 13, 17]
-    weight = (seen.confidence[:, knuckles] > 0).float()
-    middle = (seen.keypoints[:, knuckles] * weight[..., None]).sum(1) / weight.sum(1, keepdim=True).clamp(min=1)
-    x, y = (middle - seen.keypoints[:, 0]).unbind(-1)
-    known = (weight.sum(1) > 0) & (seen.confidence[:, 0] > 0)
+    weight = (confidence[:, knuckles] > 0).float()
+    middle = (keypoints[:, knuckles] * weight[..., None]).sum(1) / weight.sum(1, keepdim=True).clamp(min=1)
+    x, y = (middle - keypoints[:, 0]).unbind(-1)
+    known = (weight.sum(1) > 0) & (confidence[:, 0] > 0)
     return torch.where(known, -torch.pi / 2 - torch.atan2(y, x), 0.0)
 
 # %% ../nbs/18_reconstruct.ipynb #6a180781
@@ -358,7 +361,7 @@ def ask(network: S2Hand, seen: Observation, roll: Float[Tensor, "B"]) -> tuple[S
     mesh = HandMesh(*(x @ back.mT for x in out.mesh))
     return out._replace(mesh=mesh, keypoints=project(mesh.joints, seen.K), rotation=back @ out.rotation), appearance
 
-# %% ../nbs/18_reconstruct.ipynb #4c5ce459
+# %% ../nbs/18_reconstruct.ipynb #3705c0d8
 def reconstruct_hands(
     frames: list[UInt8[np.ndarray, "_ _ 3"]],  # the picture of each hand
     K: list[Float[Tensor, "3 3"]],             # its camera
@@ -380,7 +383,7 @@ def reconstruct_hands(
         (observed, hands), detected = _look_for_joints(network, observed, hands), True
     output = None
     if network is not None:
-        with torch.inference_mode(False): output, _ = ask(network, observed, upright_roll(observed))
+        with torch.inference_mode(False): output, _ = ask(network, observed, upright_roll(observed.keypoints, observed.confidence))
     found = _fitted(observed, model, output, config) if detected and fit else guessed(observed, model, output)
     return [_to_picture(found, i, hands[i], K[i], size) for i in range(len(hands))]
 

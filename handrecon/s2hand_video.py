@@ -224,11 +224,11 @@ def synthetic_films(n: int, seed: int, world: SequenceConfig, size: int, hand=No
     T = world.frames
     return Films(join(seen), [(i * T, (i + 1) * T) for i in range(n)]), join(truth), torch.cat(rotation)
 
-# %% ../nbs/21_s2hand_video.ipynb #03da6737
+# %% ../nbs/21_s2hand_video.ipynb #0e6de0a2
 def real_films(name: str, root: str | Path, size: int, split: str = "", detections: str | Path | None = None, mirror: bool = True) -> Films:
     "Videos of a data set, or your own, as crops around the detections, cut into continuous motion (§4.1)."
     from handrecon.datasets import open_data
-    from handrecon.feeding import Crops, with_joints
+    from handrecon.feeding import Chosen, Crops, with_joints
     options = ({"split": split} if split else {}) | ({"detections": detections} if detections else {})
     data = with_joints(open_data(name, root, **options))
     if not len(data): raise ValueError(f"{root}: no frame of {name} has detections; give a detection file")
@@ -242,8 +242,26 @@ def real_films(name: str, root: str | Path, size: int, split: str = "", detectio
         xy, confidence = (torch.stack([getattr(labels[i], f) for i in rows]) for f in ("detected", "confidence"))
         clips += [(len(order) + a, len(order) + b) for a, b in continuous_clips(xy, confidence, number.sort().values)]
         order += rows
-    from handrecon.feeding import Chosen
-    return Films(Crops(Chosen(data, order), size, around="detected", margin=0.2, mirror_left=mirror), clips)
+    options = dict(size=size, around="detected", margin=0.2, mirror_left=mirror)
+    if name == "own": return Films(_in_memory(Chosen(data, order), **options), clips)
+    return Films(Crops(Chosen(data, order), **options), clips)
+
+
+def _in_memory(data, **options) -> Observation:
+    "Crops of videos, decoded once and in order: a film's frames cannot be looked up one by one."
+    from handrecon.feeding import Crops
+    blocks: list[Observation] = []
+
+    class Decoded(Crops):
+        def _picture(self, label): return pictures[label.path, label.frame]
+
+    crops = Decoded(data, **options)
+    for first in range(0, len(data), 64):
+        rows = range(first, min(first + 64, len(data)))
+        pictures = {(x.path, x.frame): x.image for x in (data[i] for i in rows)}
+        seen = crops.__getitems__(list(rows)).observation()
+        blocks.append(replace(seen, image=seen.image.half()))
+    return Observation(*(torch.cat([getattr(b, f) for b in blocks]) for f in Observation.__dataclass_fields__))
 
 # %% ../nbs/21_s2hand_video.ipynb #26d543fb
 HELD_OUT_SEED = 2**31  # far from every training seed: the same held-out films in every run

@@ -75,7 +75,7 @@ def stretches(frames: Sequence[int]) -> list[tuple[int, int]]:
     edges = [0, *(i for i in range(1, len(frames)) if frames[i] != frames[i - 1] + 1), len(frames)]
     return [(a, b) for a, b in zip(edges, edges[1:]) if b > a]
 
-# %% ../nbs/18b_video.ipynb #2e62dcd1
+# %% ../nbs/18b_video.ipynb #efaf9041
 def steady(hands: list[list[Hand2D]], tracks: list[Track], sigma: float = 2.0) -> list[list[Hand2D]]:
     "The same hands with the side of their track and boxes smoothed in time: a crop that trembles makes the network tremble."
     out = [list(here) for here in hands]
@@ -84,7 +84,7 @@ def steady(hands: list[list[Hand2D]], tracks: list[Track], sigma: float = 2.0) -
             own = [hands[f][k] for f, k in zip(track.frames[a:b], track.places[a:b])]
             box = torch.stack([h.box for h in own])
             centre, half = (box[:, :2] + box[:, 2:]) / 2, (box[:, 2:] - box[:, :2]) / 2
-            roll = torch.zeros(b - a) if own[0].xy is None else upright_roll(Observation(box[:, None, None], box, torch.stack([h.xy for h in own]), torch.stack([h.confidence for h in own])))
+            roll = torch.zeros(b - a) if own[0].xy is None else upright_roll(torch.stack([h.xy for h in own]), torch.stack([h.confidence for h in own]))
             up = torch.stack([roll.cos(), roll.sin()], -1)
             if b - a > 2: centre, half, up = (smooth_in_time(x[None], sigma)[0] for x in (centre, half, up))
             for f, k, h, new, u in zip(track.frames[a:b], track.places[a:b], own, torch.cat([centre - half, centre + half], 1), up):
@@ -601,7 +601,7 @@ def plot_track(path: str | os.PathLike, title: str, times: Float[np.ndarray, "T"
     axes[3].set(ylabel="mean lit skin, RGB", xlabel="seconds", ylim=(0, 1))
     with atomic_path(path) as temporary: figure.savefig(temporary, dpi=100)
 
-# %% ../nbs/18b_video.ipynb #9df33696
+# %% ../nbs/18b_video.ipynb #549aad31
 @dataclass(frozen=True)
 class VideoResult:
     "All hands of a video, ready to be drawn."
@@ -619,7 +619,7 @@ class VideoResult:
         if not len(rows): return list(out.values())
         v = {k: torch.from_numpy(x[rows]) for k, x in self.found.values.items()}
         with torch.no_grad(): mesh = model(v["pose"], v["shape"], v["rotation"], v["translation"], v["scale"][:, 0])
-        known = lambda x: None if np.isnan(x) else float(x)
+        known = lambda x: None if x.isnan() else float(x)
         place: dict[int, int] = {}
         for i, row in enumerate(rows):
             f = int(self.found.frame[row])
@@ -628,7 +628,7 @@ class VideoResult:
             flip = torch.tensor([-1.0 if h.side == "left" else 1.0, 1.0, 1.0])
             joints = mesh.joints[i] * flip
             out[f].append(Hand3D(h.side, self.K, h.box, 0.0 if h.confidence is None else float(h.confidence.mean()), mesh.vertices[i] * flip, joints, project(joints[None], self.K[None])[0],
-                                 v["pose"][i], v["shape"][i], v["rotation"][i], v["translation"][i], float(v["scale"][i]), known(v["before"][i]), known(v["after"][i]),
+                                 v["pose"][i], v["shape"][i], v["rotation"][i], v["translation"][i], float(v["scale"][i]), known(v["before"][i, 0]), known(v["after"][i, 0]),
                                  None if h.xy is None else float(detection_box(h.xy[None], h.confidence[None]))))
         return list(out.values())
 
