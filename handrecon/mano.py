@@ -201,9 +201,9 @@ class HandModel(nn.Module):
         scale: Float[Tensor, "B"] | None = None,                # about the origin, before the translation
     ) -> HandMesh:
         "scale · M(shape, pose) + translation; by compiled kernels (`handrecon.fast_hand`) where they can, else by `plain`."
-        shape = pose.new_zeros(len(pose), self.n_shape) if shape is None else shape
-        rotation = pose.new_zeros(len(pose), 3) if rotation is None else rotation
-        if shape.shape != (len(pose), self.n_shape):
+        shape = pose.new_zeros(pose.shape[0], self.n_shape) if shape is None else shape
+        rotation = pose.new_zeros(pose.shape[0], 3) if rotation is None else rotation
+        if shape.shape != (pose.shape[0], self.n_shape):
             raise ValueError(f"shape: expected shape {(len(pose), self.n_shape)}, found {tuple(shape.shape)}")
         if self.fast and self.v_template.is_cpu:
             from handrecon.fast_hand import fast_hand, suits

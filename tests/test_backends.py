@@ -129,13 +129,32 @@ def test_what_is_exported_is_what_the_model_says(network):
     assert torch.equal(named["shape"], whole.code.shape) and torch.equal(named["translation"], whole.code.translation)
 
 
-def test_onnx_gives_the_same(network, tmp_path):
+@pytest.fixture
+def unchecked():
+    "Checking a shape asks for the number of pictures and so ends its life as a symbol."
+    from jaxtyping import config
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)
+
+
+def test_the_number_of_pictures_stays_a_symbol(network, unchecked):
+    any_number = {0: torch.export.Dim("batch")}
+    graph = torch.export.export(backends.PictureToHand(network), backends.example_input(network, 2), dynamic_shapes=(any_number, any_number), strict=False)
+    image, K = backends.example_input(network, 5, 3)
+    with torch.no_grad(): pairs = zip(graph.module()(image, K), backends.PictureToHand(network)(image, K), strict=True)
+    assert all((a - b).abs().max() <= 1e-5 * max(1, b.abs().max()) for a, b in pairs)
+
+
+def test_onnx_gives_the_same(network, tmp_path, unchecked):
     pytest.importorskip("onnxscript", reason="the extra `export` is not installed")
     pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
     backends.export_onnx(network, tmp_path / "hand.onnx")
     assert [p.name for p in tmp_path.iterdir()] == ["hand.onnx"]
     agreement = backends.onnx_agreement(network, tmp_path / "hand.onnx")
     assert set(agreement) == set(backends.PictureToHand.OUTPUTS) and max(agreement.values()) <= 1e-4
+    for batch in (1, 7):                                                # recorded with another number
+        assert max(backends.onnx_agreement(network, tmp_path / "hand.onnx", batch).values()) <= 1e-4
     (tmp_path / "bad.onnx").write_bytes(b"no graph")
     with pytest.raises(ValueError, match="bad.onnx: not a graph"):
         backends.OnnxHand(tmp_path / "bad.onnx")
