@@ -11,7 +11,7 @@ __all__ = ['LIT_SIZE', 'LIGHTS', 'TEXTURES', 'TARGETS', 'LOSS_SIZE', 'TERMS', 'T
            'TimeExplorer', 'PairView', 'pair_view', 'StereoExplorer', 'MapView', 'map_view', 'merge_curve',
            'CenterExplorer', 'write_stills']
 
-# %% ../nbs/17c_explore.ipynb #0a870d05
+# %% ../nbs/17c_explore.ipynb #fd0c0323
 from collections.abc import Sequence
 from functools import lru_cache
 from math import atan2, asin, cos, degrees, hypot, pi, radians, sin
@@ -27,16 +27,17 @@ from torch import Tensor
 from .camera import project
 from .centermap import decode, draw_targets, gaussian_radius
 from .conventions import BONES, FINGERS, MANO_JOINT_NAMES
+from .files import atomic_path
 from .harmonics import STEADY, lamp_harmonics, shade_harmonics
 from .losses import (
     bone_orientation_loss, joint_limit_loss, joint_location_loss, pixel_loss, scale_regularizer, shape_regularizer, ssim_loss)
 from .mano import HandMesh
 from .proxy_hand import face_colors, posture, proxy_hand, proxy_hand_arrays, skin_texture
-from .render import Light, face_normals, light_from_vector, render, shade, vertex_normals
-from .rotation import axis_angle_to_matrix, axis_angle_to_quaternion, quaternion_angle, quaternion_apply, quaternion_multiply
+from .render import face_normals, light_from_vector, render, vertex_normals
+from .rotation import axis_angle_to_quaternion, quaternion_angle, quaternion_apply, quaternion_multiply
 from .stereo import depth_error, depth_to_disparity, occlusion_mask, photo_consistency, warp_right_to_left
 from .temporal import detour, texture_shape_loss, transition
-from .viz import joint_color, save_picture, shade as show_mesh, to_picture
+from .viz import shade as show_mesh, to_picture
 from .widgets import Explorer, HandExplorer, Number, blank_figure, choice, picture_figure, show_picture, still, tick
 
 # %% ../nbs/17c_explore.ipynb #778c71a0
@@ -151,7 +152,7 @@ def lit_view(
     goal = goal[0].permute(1, 2, 0).numpy()
     return LitView(image, goal, np.abs(image - goal).mean(-1), value.item(), gradient)
 
-# %% ../nbs/17c_explore.ipynb #16fc4105
+# %% ../nbs/17c_explore.ipynb #01c011d6
 class LightExplorer(Explorer):
     "Two kinds of texture, two kinds of light, the error against a target, and what a pixel's gradient says."
     title = "texture and light"
@@ -176,7 +177,8 @@ class LightExplorer(Explorer):
         turn = np.linspace(0, 2 * pi, 73)
         self.disc.add_trace(go.Scatter(x=np.cos(turn), y=np.sin(turn), mode="lines", line={"color": "#9ab"}, hoverinfo="skip"))
         self.disc.add_trace(go.Scatter(mode="lines", line={"color": "#d62828", "width": 3}, hoverinfo="skip"))
-        self.disc.update_layout(shapes=[{"type": "circle", "x0": -0.1, "x1": 0.1, "y0": -0.1, "y1": 0.1, "fillcolor": "#f2b134", "line": {"color": "#a60"}, "editable": True}])
+        self.disc.update_layout(shapes=[{"type": "circle", "x0": -0.1, "x1": 0.1, "y0": -0.1, "y1": 0.1, "fillcolor": "#f2b134", "line": {"color": "#a60"}}])
+        self.disc._config = {**self.disc._config, "edits": {"shapePosition": True}}
         self.disc.update_xaxes(range=[-1.25, 1.25], visible=False)
         self.disc.update_yaxes(range=[-1.25, 1.25], visible=False, scaleanchor="x")
         self.disc.layout.on_change(self._dragged, "shapes")
@@ -219,7 +221,7 @@ class LightExplorer(Explorer):
             self.disc.layout.shapes[0].update(x0=x - 0.1, x1=x + 0.1, y0=y - 0.1, y1=y + 0.1, fillcolor="#f2b134" if light[2] <= 0 else "#77624a")
             self.disc.data[1].x, self.disc.data[1].y = [x, x + arrow[0]], [y, y + arrow[1]]
         with self.bars.batch_update():
-            self.bars.data[0].x, self.bars.data[0].y = list(view.gradient), list(view.gradient.values())
+            self.bars.data[0].x, self.bars.data[0].y = list(view.gradient), np.array(list(view.gradient.values()), dtype=np.float32)
         self.drawing = False
         hand = view.target.sum(-1) > 0
         return (f"{self['kind']}, texture {self['texture']}: mean photometric error {view.error[hand].mean():.3f} on the hand. Pixel ({column}, {row}) has brightness {view.value:.2f}; "
@@ -346,7 +348,7 @@ def loss_sweep(
         terms = [loss_terms(wrong_guess(name, joint, float(bend), sideways, place, size, shape), image, detected, con, albedo)[0] for bend in bends]
     return bends, {term: [value[term].item() for value in terms] for term in TERMS}
 
-# %% ../nbs/17c_explore.ipynb #313f6610
+# %% ../nbs/17c_explore.ipynb #8b4b11c6
 class LossExplorer(Explorer):
     "A guess that is wrong in a way you choose, what each term says, and where each would move the joints."
     title = "losses and their gradients"
@@ -393,7 +395,7 @@ class LossExplorer(Explorer):
             self.bars.data[0].marker.color = ["#d62828" if term == self["term"] else "#1d6fb8" for term in TERMS]
         with self.path.batch_update():
             for trace, term in zip(self.path.data, TERMS):
-                values = np.array(self.swept[1][term])
+                values = np.array(self.swept[1][term], dtype=np.float32)
                 trace.x, trace.y = self.swept[0], values / max(values.max(), 1e-6)
             self.path.data[-1].x, self.path.data[-1].y = [self["bend"]] * 2, [0, 1]
         furthest = np.abs(view.joints - view.detected).max()
@@ -613,7 +615,7 @@ def _wall(baseline: float | int, focal: float | int, depth: float | int = 2.0) -
     tint = torch.tensor([0.8, 0.95, 1.1])[:, None, None]
     return tuple((tint * pattern(s)).clamp(0, 1)[None] for s in (-shift / 2, shift / 2))
 
-# %% ../nbs/17c_explore.ipynb #a598fbfd
+# %% ../nbs/17c_explore.ipynb #c7c6d73b
 class StereoExplorer(Explorer):
     "A live pair, its disparity, the warped picture and its error, and how depth errors grow."
     title = "two eyes"
@@ -632,7 +634,8 @@ class StereoExplorer(Explorer):
         hover = {"x0": 0.5, "y0": 0.5, "dx": 1, "dy": 1, "hoverongaps": False}
         self.left.add_trace(go.Heatmap(opacity=0, showscale=False, hovertemplate="column %{x:.0f}, row %{y:.0f}<br>z = %{z:.3f} m<extra></extra>", **hover))
         self.disparity, self.error = picture_figure("disparity of the guess, pixels (hover: z)", PAIR_SIZE, 270), picture_figure("error of the warped picture", PAIR_SIZE, 270)
-        self.disparity.add_trace(go.Heatmap(colorscale="Viridis", colorbar={"thickness": 10}, hovertemplate="d = %{z:.1f} px<br>z = %{customdata:.3f} m<extra></extra>", **hover))
+        self.disparity.add_trace(go.Heatmap(colorscale="Viridis", colorbar={"thickness": 10}, hoverinfo="skip", **hover))
+        self.disparity.add_trace(go.Heatmap(opacity=0, showscale=False, hovertemplate="z = %{z:.3f} m<extra></extra>", **hover))
         self.error.add_trace(go.Heatmap(colorscale="Magma", zmin=0, zmax=0.4, colorbar={"thickness": 10}, hovertemplate="%{z:.3f}<extra></extra>", **hover))
         self.growth = blank_figure("depth error for one pixel of disparity", 270)
         self.growth.add_traces([go.Scatter(mode="lines", line={"color": "#1d6fb8"}, hovertemplate="b = %{x:.0f} mm: %{y:.1f} mm<extra></extra>"),
@@ -650,7 +653,7 @@ class StereoExplorer(Explorer):
         with self.left.batch_update():
             self.left.data[1].z = view.depth
         with self.disparity.batch_update():
-            self.disparity.data[1].z, self.disparity.data[1].customdata = view.disparity, view.depth
+            self.disparity.data[1].z, self.disparity.data[2].z = view.disparity, view.depth
         with self.error.batch_update():
             self.error.data[1].z = view.error
         lengths = np.linspace(10, 300, 59)
@@ -699,7 +702,7 @@ def merge_curve(size: float | int, threshold: float | int, kernel: int, overlap:
     heat = draw_targets(pairs, box, torch.ones(pairs.shape[:2], dtype=torch.bool), (MAP_CELLS, MAP_CELLS), STRIDE, overlap)
     return distance.astype(np.float32), decode(heat, 4, threshold, kernel).kept.sum(1).numpy()
 
-# %% ../nbs/17c_explore.ipynb #4114ffb8
+# %% ../nbs/17c_explore.ipynb #e5f3ecc1
 class CenterExplorer(Explorer):
     "Hands moved by sliders or clicks, the map they write, the peaks that are found, and where two become one."
     title = "centre map"
@@ -758,7 +761,7 @@ class CenterExplorer(Explorer):
             self.height.data[0].x, self.height.data[0].y = np.arange(MAP_CELLS) * STRIDE + STRIDE / 2, row
             self.height.data[1].x, self.height.data[1].y = [0, 512], [self["threshold"]] * 2
         with self.merge.batch_update():
-            self.merge.data[0].x, self.merge.data[0].y = distance, found
+            self.merge.data[0].x, self.merge.data[0].y = distance, found.astype(np.float32)
             self.merge.data[1].x, self.merge.data[1].y = [min(others, default=0.0)] * 2, [0, 2.2]
         nearest = f"the nearest other centre is {min(others):.0f} px away" if others else "no other hand is there"
         return f"{n} hands written, {len(view.peaks)} found above {self['threshold']:g}; {nearest}; the moved hand's radius is {view.radius[hand]:.1f} cells."
@@ -773,13 +776,14 @@ EXPLORERS = {  # name of the notebook -> page, and its still picture in words
     "centermap": (CenterExplorer, "A heat map with three hands' boxes and the peaks found, a cut through it with the threshold, and the number of hands found against their distance"),
 }
 
-# %% ../nbs/17c_explore.ipynb #391b2f0e
+# %% ../nbs/17c_explore.ipynb #6bee3dba
 def write_stills(folder: str | Path) -> list[Path]:
-    "NAME.png for every explorer."
-    paths = []
-    for name, (page, _) in EXPLORERS.items():
-        explorer = page()
+    "NAME.png for every explorer, in 128 colours (below 100 KB)."
+    from PIL import Image as Picture
+    paths = [Path(folder) / f"{name}.png" for name in EXPLORERS]
+    for path in paths:
+        explorer = EXPLORERS[path.stem][0]()
         explorer.refresh()
-        paths.append(Path(folder) / f"{name}.png")
-        save_picture(paths[-1], still(explorer))
+        with atomic_path(path) as temporary:
+            Picture.fromarray(still(explorer, 800)).quantize(128).save(temporary, optimize=True)
     return paths

@@ -197,9 +197,6 @@ def _a_mano_file_that_is_not_there(explorer):
 
 
 def _drag_the_lamp(explorer):
-    box = explorer.page.locator(".js-plotly-plot").nth(3).locator(".shapelayer path").first.bounding_box()
-    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-
     def drag():
         explorer.page.mouse.move(x, y)
         explorer.page.mouse.down()
