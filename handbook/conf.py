@@ -16,7 +16,8 @@ nb_execution_mode = "off"                              # notebooks keep the outp
 nb_ipywidgets_js = {}                                  # widgets live in JupyterLab; their script would come from the network
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "deflist"]
 myst_heading_anchors = 3
-suppress_warnings = ["myst.header", "toc.empty_glob"]  # a lesson may begin a part with a third-level heading; a chapter may have no page yet
+# A lesson may begin a part with a third-level heading; a chapter may have no page yet; a constant that is cut short may not be whole Python.
+suppress_warnings = ["myst.header", "toc.empty_glob", "misc.highlighting_failure"]
 
 html_theme = "sphinx_book_theme"
 html_title = "handrecon"

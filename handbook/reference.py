@@ -50,10 +50,13 @@ def entry(node: DEFINITION, lines: list[str], module: str, prefix: str = "", lev
 
 def constants(tree: ast.Module, lines: list[str]) -> str:
     "Public constants as they are written, long ones cut short."
-    found = [node for node in tree.body if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
-             and not node.targets[0].id.startswith("_")]
-    return "\n".join("\n".join(lines[node.lineno - 1:min(node.end_lineno, node.lineno + 5)]) + ("\n    # …" if node.end_lineno > node.lineno + 5 else "")
-                     for node in found)
+    text = []
+    for node in tree.body:
+        if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Name) or node.targets[0].id.startswith("_"): continue
+        long = node.end_lineno > node.lineno + 5
+        if long and isinstance(node.value, ast.Constant | ast.JoinedStr): text.append(f'{node.targets[0].id} = "…"')
+        else: text += lines[node.lineno - 1:node.lineno + 4 if long else node.end_lineno] + ["    # …"] * long
+    return "\n".join(text)
 
 
 def page(module: str, notebook: str, title: str, about: str) -> str:

@@ -47,7 +47,7 @@ def hand() -> str:
 def reproduction() -> str:
     "Each paper's comparisons: the paper's number, ours, and the command that made it."
     text = []
-    rows = [(claim, claims.ledger_row(claim, claims.handbook_folder() / "results")) for claim in claims.all_claims()]
+    rows = [(claim, claims.ledger_row(claim, ROOT / "handbook/results")) for claim in claims.all_claims()]
     for system in dict.fromkeys(claim.system for claim, _ in rows):
         lines = []
         for claim, row in rows:
@@ -61,6 +61,13 @@ def reproduction() -> str:
                               f"`{claims.command(claim, run, 0)}`" if run else "–"])
         text.append(f"### {claims.PAPERS.get(system, system)}\n\n" + table(["claim", "quantity", "paper", "ours", "verdict", "command"], lines))
     return "\n".join(text) or "No system has claims yet.\n"
+
+
+def ledger(source: Path) -> None:
+    "claims.md and its picture, from the records of this moment."
+    rows = [claims.ledger_row(claim, ROOT / "handbook/results") for claim in claims.all_claims()]
+    (source / "claims.md").write_text(claims.page(rows))
+    if claims.drawn(rows): claims.forest_plot(rows).savefig(source / claims.PICTURE, dpi=90)
 
 
 def explore() -> str:

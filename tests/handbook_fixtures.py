@@ -2,6 +2,7 @@
 import fcntl
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -20,11 +21,12 @@ def build_book(base):
     with open(base / "handbook.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (place / "done.json").exists():
-            began = time.time()
+            began, before = time.process_time(), resource.getrusage(resource.RUSAGE_CHILDREN)
             stage.stage(place / "source")
             command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-c", ROOT / "handbook", place / "source", place / "html"]
             done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
-            (place / "done.json").write_text(json.dumps({"failed": done.returncode, "said": done.stderr, "seconds": time.time() - began}))
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            (place / "done.json").write_text(json.dumps({"failed": done.returncode, "said": done.stderr, "seconds": time.process_time() - began + after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime}))
     return place
 
 

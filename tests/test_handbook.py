@@ -45,7 +45,7 @@ def pages(built):
 def test_builds_without_a_warning_and_in_time(built):
     done = json.loads((built / "done.json").read_text())
     assert not done["failed"], done["said"][-3000:]
-    assert done["seconds"] < 300, "three minutes is the promise on idle cores; the tests share theirs"
+    assert done["seconds"] < 180, "of one core: three minutes"
 
 
 def test_every_link_leads_somewhere(pages, built):
