@@ -113,11 +113,11 @@ def reconstruct_every_hand(
 # %% ../nbs/18c_every_hand.ipynb #6c65e339
 SHIPPED = Path(str(files("handrecon"))) / "assets" / "multihand.safetensors"
 
-# %% ../nbs/18c_every_hand.ipynb #e29dabd7
+# %% ../nbs/18c_every_hand.ipynb #2c86fb0b
 def choose_finder(
     inputs: Sequence[str | os.PathLike],
     detections: str | os.PathLike | None = None,
-    box: Sequence[float] | None = None,
+    box: Sequence[float | int] | None = None,
     side: str = "auto",
     checkpoint: str | os.PathLike | None = None,
     adapt: int = 0,
