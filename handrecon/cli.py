@@ -215,7 +215,7 @@ def bench(
         if json: record = write_record(json, {part: found})
     if page: write_page(record, page)
 
-# %% ../nbs/31_cli.ipynb #72c1e74f
+# %% ../nbs/31_cli.ipynb #e2485aba
 @app.command()
 @guarded
 def export(
