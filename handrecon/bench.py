@@ -463,7 +463,7 @@ def write_page(
     "The record as a page with tables and plots."
     path = Path(path)
     lines = ["# Performance", "", "Written by `handrecon bench --json FILE --page FILE` from the record beside it. Medians; programs that are compared take turns in one run. "
-             "On a machine that others use too, differences below a factor of 1.4 mean nothing.", ""]
+             "On a machine that others use too, differences below a factor of 1.4 mean nothing; where the load was above the number of cores, times are several times too long, and only the ratios say something.", ""]
     lines += [f"![How cost grows]({name})\n" for name in _plot(record, path.parent)]
     for part, found in record.items():
         host = found["machine"]
