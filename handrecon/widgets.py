@@ -235,17 +235,18 @@ class Explorer:
             figure._widget_data, figure._widget_layout = deepcopy(figure._data), deepcopy(figure._layout)
         self.box.children = self.parts
 
-# %% ../nbs/17b_widgets.ipynb #770a0973
+# %% ../nbs/17b_widgets.ipynb #15036030
 BUNDLE_JS = """
 export default { initialize({ model }) { globalThis.handreconPlotlyText ??= model.get("bundle"); }, render() {} };
 """
 FIGURE_JS = """
 async function plotly() {
-  while (!globalThis.handreconPlotlyText) await new Promise(done => setTimeout(done, 50));
+  while (!globalThis.handreconPlotlyText || performance.now() - globalThis.handreconLast < 300) await new Promise(done => setTimeout(done, 50));
   globalThis.handreconPlotly ??= import(URL.createObjectURL(new Blob([globalThis.handreconPlotlyText], { type: "text/javascript" })));
   return (await globalThis.handreconPlotly).default;
 }
 export default {
+  initialize() { globalThis.handreconLast = performance.now(); },
   async render({ model, el }) {
     el.textContent = "loading the figure …";
     const figure = (await plotly())();
