@@ -716,7 +716,7 @@ def picture_groups(data: HandData, n: int) -> list[list[int]]:
         groups.setdefault(path, []).append(i)
     return list(groups.values())
 
-# %% ../nbs/23_multihand.ipynb #34cd2cc4
+# %% ../nbs/23_multihand.ipynb #a38930ad
 def scenes_from_data(data: HandData, groups: list[list[int]], size: int) -> Scenes:
     "Whole pictures of a data set, laid into squares of `size` pixels, with all their hands."
     most, parts = max(len(g) for g in groups), []
@@ -726,14 +726,16 @@ def scenes_from_data(data: HandData, groups: list[list[int]], size: int) -> Scen
         box = torch.tensor([[0.0, 0, max(height, width), max(height, width)]])
         image = crop_images(torch.from_numpy(samples[0].image.copy()).permute(2, 0, 1)[None].float() / 255, box, size)
         blank = lambda *s: torch.zeros(most, *s)
-        keypoints, visible, joints, right = blank(21, 2), blank(21), blank(21, 3), torch.zeros(most, dtype=torch.bool)
+        keypoints, visible, joints = blank(21, 2), blank(21), blank(21, 3)
+        right, whole = torch.zeros(most, dtype=torch.bool), torch.zeros(most, dtype=torch.bool)
         for row, s in enumerate(samples):
             seen = s.keypoints_valid if s.visible is None else s.keypoints_valid & s.visible
             keypoints[row] = crop_points(s.keypoints[None], box, size)[0]
             inside = ((keypoints[row] >= 0) & (keypoints[row] < size)).all(-1)
             visible[row], joints[row], right[row] = (seen & inside).float(), s.joints, s.side == "right"
+            whole[row] = bool(s.keypoints_valid.all())                   # the losses want all 21 joints
         K = samples[0].K if samples[0].K is not None else torch.tensor([[width, 0, width / 2], [0, width, height / 2], [0, 0, 1.0]])
-        parts.append((image[0], crop_intrinsics(K[None].float(), box, size)[0], visible.sum(-1) >= 5, right, keypoints, visible, joints))
+        parts.append((image[0], crop_intrinsics(K[None].float(), box, size)[0], whole & (visible.sum(-1) >= 5), right, keypoints, visible, joints))
     image, K, valid, right, keypoints, visible, joints = (torch.stack(x) for x in zip(*parts))
     zeros = lambda *s: torch.zeros(*valid.shape, *s)
     return Scenes(image, K, valid, right, keypoints, visible, torch.zeros_like(image[:, 0], dtype=torch.uint8), torch.zeros_like(valid),
@@ -774,11 +776,12 @@ def reconstruction_terms(model: MultiHand, scenes: Scenes) -> dict[str, Tensor]:
     "The loss of stage one: the centre is known, only what is read there learns."
     return {name: value for name, value in loss_terms(model, scenes).items() if name != "L_cp"}
 
-# %% ../nbs/23_multihand.ipynb #e2b1b44f
+# %% ../nbs/23_multihand.ipynb #5f1043b6
 def train_network(model: MultiHand, recipe: Recipe, scenes: Scenes, seed: int, out: str | Path | None = None, resume: bool = False) -> dict[str, History]:
     "Stage one, if the recipe has one, then all losses on all hands; the logs by stage."
     logs, out = {}, None if out is None else Path(out)
-    feed = lambda s: SceneBatches(s, recipe.train.micro_batch, seed, recipe.turn, recipe.colours)
+    centred = lambda s: bool(((s.K[:, :2, 2] - s.image.shape[-1] / 2).abs() < 0.5).all())        # else a roll would not be exact
+    feed = lambda s: SceneBatches(s, recipe.train.micro_batch, seed, recipe.turn if centred(s) else 0.0, recipe.colours)
     place = lambda name: None if out is None else out / name
     if recipe.first_steps:
         first = replace(recipe.train, seed=seed, steps=recipe.first_steps)
