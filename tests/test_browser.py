@@ -4,6 +4,7 @@
 """
 import json
 import os
+import re
 import shutil
 import socket
 import statistics
@@ -240,7 +241,7 @@ def _hover_for_depth(explorer):
 
 
 def _nonsense_is_answered(explorer):
-    box = [c for c in explorer.controls("input[type=text]") if c.input_value().strip()][0]
+    box = [c for c in explorer.controls("input[type=text]") if re.fullmatch(r"-?[\d.]+", c.input_value())][0]
     good, before = box.input_value(), explorer.picture()
     for nonsense in ("nan", "", "1e99", "twelve"):
         _type(box, nonsense)
