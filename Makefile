@@ -1,5 +1,5 @@
 # make reproduce   set up, then train and evaluate S²HAND on synthetic hands (under 15 minutes on 2 cores)
-# make test        set up, then every test
+# make test        set up, then every test that needs no browser
 # make test-browser  set up (Chromium too), then the explorers, JupyterLab and the book in a browser
 # make lab         set up, then JupyterLab on the lessons
 # make explore     set up, then the explorers as web pages: sliders instead of code
@@ -37,7 +37,7 @@ reproduce: $(READY)
 	$(BIN)/handrecon reproduce s2hand --profile quick --out $(OUT) --resume
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --ignore-glob='*browser.py' tests
 
 # HANDRECON_BROWSER demands what the tests skip elsewhere.
 test-browser: $(READY)
