@@ -8,6 +8,7 @@ __all__ = ['PAPER_AUGMENTATION', 'STRONG_AUGMENTATION', 'AROUND', 'Crop', 'crop_
            'pack', 'bench_data']
 
 # %% ../nbs/14c_feeding.ipynb #6e1618d6
+import tempfile
 import hashlib
 import json
 import os
