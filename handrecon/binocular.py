@@ -108,7 +108,7 @@ def borrow_encoder(backbone: Backbone) -> None:
     load_weights(backbone, {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}, SHIPPED.name)
     backbone.weights_source = "the packaged S²HAND network"
 
-# %% ../nbs/22_binocular.ipynb #11cce1d1
+# %% ../nbs/22_binocular.ipynb #2d7ad72d
 class MeshRegressor(nn.Module):
     "Encoder-decoder of §3.1: a crop in, every vertex's place in the crop out."
 
@@ -118,7 +118,7 @@ class MeshRegressor(nn.Module):
         self.backbone = make_backbone(config.backbone, None if config.encoder in ("", "s2hand") else config.encoder).eval()  # the first look must not move statistics
         if config.encoder == "s2hand": borrow_encoder(self.backbone)
         with torch.no_grad():
-            dims = [x.shape[1] for x in self._pyramid(torch.zeros(1, 3, config.image_size, config.image_size))]
+            dims = [x.shape[1] for x in self.backbone.pyramid(torch.zeros(1, 3, config.image_size, config.image_size))[1]]
         self.backbone.train()
         C = config.channels
         self.lateral = nn.ModuleList(nn.Conv2d(d, C, 1) for d in dims)
@@ -137,15 +137,9 @@ class MeshRegressor(nn.Module):
             self.register_buffer("neighbours", neighbour_matrix(self.edges, hand.n_vertices), persistent=False)
             self.register_buffer("usual_size", edge_lengths(meshes, self.edges).mean(), persistent=True)
 
-    def _pyramid(self, image: Tensor) -> list[Tensor]:
-        "The encoder's last map of each size, from fine to coarse."
-        x = (image - self.backbone.mean) / self.backbone.std
-        states = self.backbone.body(x.contiguous(memory_format=torch.channels_last), output_hidden_states=True).hidden_states
-        return [a for a, b in zip(states, [*states[1:], None]) if b is None or a.shape[-1] != b.shape[-1]]
-
     def maps(self, image: Float[Tensor, "B 3 S S"]) -> tuple[Float[Tensor, "B P h w"], Float[Tensor, "B P h w"], Float[Tensor, " B"]]:
         "Heat maps (logits), relief maps, and the logarithm of the hand's size against the usual one."
-        pyramid = self._pyramid(image)
+        _, pyramid = self.backbone.pyramid(image)
         x = self.smooth[-1](self.lateral[-1](pyramid[-1]))
         for i in reversed(range(len(pyramid) - 1)):
             x = F.interpolate(x, pyramid[i].shape[-2:], mode="bilinear", align_corners=False) + self.lateral[i](pyramid[i])

@@ -130,7 +130,7 @@ def begin_from_s2hand(backbone: nn.Module) -> None:
     load_weights(backbone, found, path)
     backbone.weights_source = "S²HAND"
 
-# %% ../nbs/23_multihand.ipynb #570e9578
+# %% ../nbs/23_multihand.ipynb #e7fa849c
 class MapNetwork(nn.Module):
     "Picture to `Maps` (Fig. 2)."
     def __init__(self, config: MultiHandConfig):
@@ -139,7 +139,7 @@ class MapNetwork(nn.Module):
         self.backbone = make_backbone(config.backbone, None if config.weights == "s2hand" else config.weights or None)
         if config.weights == "s2hand": begin_from_s2hand(self.backbone)
         with torch.no_grad():
-            levels = [x.shape[1] for x in self._levels(torch.zeros(2, 3, 64, 64))]
+            levels = [x.shape[1] for x in self.backbone.pyramid(torch.zeros(2, 3, 64, 64))[1]]
         C = config.channels
         self.lateral = nn.ModuleList(_conv(width, C // 2, 1) for width in levels[1:])
         self.fuse = _conv(3 * (C // 2), C, 1)
@@ -149,16 +149,11 @@ class MapNetwork(nn.Module):
         self.join = _conv(given + C, C, 1)
         self.center = _map_head(C, C // 2, 1, CENTER_BIAS)
 
-    def _levels(self, image: Tensor) -> list[Tensor]:
-        "The backbone's maps at strides 4, 8, 16 and 32."
-        x = ((image - self.backbone.mean) / self.backbone.std).contiguous(memory_format=torch.channels_last)
-        return list(self.backbone.body(x, output_hidden_states=True).hidden_states[-4:])
-
     def forward(
         self,
         image: Float[Tensor, "B 3 H W"],  # RGB in [0, 1]; H and W multiples of 32
     ) -> Maps:
-        low, *levels = self._levels(image)
+        low, *levels = self.backbone.pyramid(image)[1]
         size = [n // self.config.stride for n in image.shape[2:]]
         resize = lambda x, s: x if list(x.shape[2:]) == list(s) else F.interpolate(x, size=tuple(s), mode="bilinear", align_corners=False)
         fused = self.fuse(torch.cat([resize(f(x), size) for f, x in zip(self.lateral, levels)], 1))
@@ -169,7 +164,7 @@ class MapNetwork(nn.Module):
             keypoints = self.keypoints(fused)
             given = torch.cat([fused, near, keypoints.sigmoid()], 1)
         features = self.join(torch.cat([given, resize(self.encode(given), size)], 1))
-        return Maps(self.center(features)[:, 0], keypoints, features)
+        return Maps(self.center(features)[:, 0].float(), keypoints.float(), features.float())
 
 # %% ../nbs/23_multihand.ipynb #1fcef5a9
 class HandHead(nn.Module):
@@ -347,11 +342,17 @@ def _axis_angle_hands() -> list[HandModel]:
     if not _HANDS: _HANDS.extend(both_hands(45))
     return _HANDS
 
-# %% ../nbs/23_multihand.ipynb #3fbb3a12
+# %% ../nbs/23_multihand.ipynb #9666de48
 def loss_terms(model: MultiHand, scenes: Scenes) -> dict[str, Tensor]:
     "Weighted terms of Eq. 1; with λ_3d = 0 no 3D label is looked at."
-    config = model.config
     maps = model.maps(scenes.image)
+    with torch.autocast(scenes.image.device.type, enabled=False):     # 8 bits of mantissa would move a hand by millimetres
+        return _terms(model, maps, scenes)
+
+
+def _terms(model: MultiHand, maps: Maps, scenes: Scenes) -> dict[str, Tensor]:
+    "`loss_terms` of maps that are there already."
+    config = model.config
     centers, sizes = hand_centers(scenes.keypoints, scenes.visible * scenes.valid[..., None], config.center)
     _, whole = hand_centers(scenes.keypoints, scenes.valid[..., None].expand_as(scenes.visible).float())
     height, width = maps.center.shape[1:]
