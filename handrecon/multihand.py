@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['BONE', 'RECIPES', 'DATASETS', 'HELD_OUT_SEED', 'SIDE_COLORS', 'CLAIMS', 'MultiHandConfig', 'Maps', 'HandsOut',
-           'Residual', 'begin_from_s2hand', 'MapNetwork', 'HandHead', 'both_hands', 'MultiHand', 'localization_terms',
-           'bone_unit', 'reprojection_terms', 'regular_terms', 'consistency_term', 'terms_3d', 'true_vertices',
-           'loss_terms', 'render_hands', 'lit_colours', 'picture_terms', 'FoundHand', 'find_hands', 'match',
-           'average_precision', 'Answers', 'answer', 'score', 'by_count', 'run_times', 'Recipe', 'save', 'load',
-           'picture_groups', 'scenes_from_data', 'load_pictures', 'start', 'single_hands', 'reconstruction_terms',
-           'train_network', 'draw_hands', 'report_grid']
+           'Residual', 'begin_from_s2hand', 'MapNetwork', 'read_maps', 'HandHead', 'both_hands', 'MultiHand',
+           'localization_terms', 'bone_unit', 'reprojection_terms', 'regular_terms', 'consistency_term', 'terms_3d',
+           'true_vertices', 'loss_terms', 'render_hands', 'lit_colours', 'picture_terms', 'FoundHand', 'find_hands',
+           'match', 'average_precision', 'Answers', 'answer', 'score', 'by_count', 'run_times', 'Recipe', 'save',
+           'load', 'picture_groups', 'scenes_from_data', 'load_pictures', 'start', 'single_hands',
+           'reconstruction_terms', 'train_network', 'draw_hands', 'report_grid']
 
 # %% ../nbs/23_multihand.ipynb #f8d7b522
 import time
@@ -41,7 +41,7 @@ from .scenes import SceneBatches, SceneConfig, Scenes, compose, data_cutouts, lo
 from .training import History, TrainConfig, fit, load_checkpoint, load_weights, save_checkpoint
 from .viz import contact_sheet, overlay, to_picture
 
-# %% ../nbs/23_multihand.ipynb #530653cf
+# %% ../nbs/23_multihand.ipynb #c2802de7
 @dataclass(frozen=True)
 class MultiHandConfig:
     "Symbols of Ren et al.; the paper gives no weights λ, these are ours."
@@ -69,6 +69,7 @@ class MultiHandConfig:
     n_pca: int = 45                    # pose numbers: 45 is axis-angle (paper), fewer are principal components
     rotation: str = "axis-angle"       # or "6d", which has no jump at a half turn
     frame: str = "camera"              # the rotation's axes: "camera" (paper), or the "ray" through the cell
+    points: bool = False               # each hand also reads the maps where it first guesses its joints (beyond the paper)
     texture: bool = True               # predict texture and light
     focal: float = 512.0               # of the reference camera, in pixels that the network sees ...
     z_mean: float = 0.6                # ... in which an untrained network's hands are so far away, metres
@@ -82,7 +83,7 @@ class Maps(NamedTuple):
     keypoints: Float[Tensor, "B 21 h w"]     # logits
     features: Float[Tensor, "B C h w"]
 
-# %% ../nbs/23_multihand.ipynb #d80bcfea
+# %% ../nbs/23_multihand.ipynb #26ab4cd9
 class HandsOut(NamedTuple):
     "K hands of each picture, in network pixels."
     side: Float[Tensor, "B K 2"]             # logits of left and right
@@ -95,6 +96,7 @@ class HandsOut(NamedTuple):
     keypoints: Float[Tensor, "B K 21 2"]     # network pixels
     texture: Float[Tensor, "B K V 3"] | None  # albedo
     light: Float[Tensor, "B K 27"] | None    # spherical harmonics, nine a colour
+    guess: Float[Tensor, "B K 21 2"] | None  # where the joints were looked for, network pixels
 
 # %% ../nbs/23_multihand.ipynb #dd209c35
 def _conv(inside: int, outside: int, kernel: int = 3, stride: int = 1, dilation: int = 1) -> nn.Sequential:
@@ -166,9 +168,19 @@ class MapNetwork(nn.Module):
         features = self.join(torch.cat([given, resize(self.encode(given), size)], 1))
         return Maps(self.center(features)[:, 0].float(), keypoints.float(), features.float())
 
-# %% ../nbs/23_multihand.ipynb #1fcef5a9
+# %% ../nbs/23_multihand.ipynb #e9299a72
+def read_maps(
+    maps: Float[Tensor, "B C h w"],
+    points: Float[Tensor, "B K J 2"],   # cells: (0.5, 0.5) is the middle of the first one
+) -> Float[Tensor, "B K JC"]:           # zeros outside the map
+    "What the maps say at some points of each hand, interpolated between cells."
+    grid = 2 * points.flatten(1, 2) / points.new_tensor([maps.shape[-1], maps.shape[-2]]) - 1
+    read = F.grid_sample(maps, grid[:, None].to(maps), align_corners=False)                          # (B, C, 1, K·J)
+    return read[:, :, 0].mT.reshape(*points.shape[:2], -1)
+
+# %% ../nbs/23_multihand.ipynb #d8c46ed2
 class HandHead(nn.Module):
-    "Neighbourhood of a cell to the numbers of the hand centred there."
+    "Neighbourhood of a cell, and of the 21 joints guessed from it, to the numbers of the hand centred there."
     def __init__(self, config: MultiHandConfig, n_vertices: int, n_shape: int):
         super().__init__()
         self.config, self.n_shape = config, n_shape
@@ -176,7 +188,9 @@ class HandHead(nn.Module):
         self.n_each = self.n_rotation + config.n_pca + n_shape + 3             # the paper's 61
         self.trunk = nn.Sequential(nn.Linear(D, config.head), nn.ReLU(), nn.Linear(config.head, config.head), nn.ReLU())
         self.side, self.numbers = nn.Linear(config.head, 2), nn.Linear(config.head, 2 * self.n_each)      # left and right, side by side
-        self.light = self.texture = None
+        self.guess = self.look = self.light = self.texture = None
+        if config.points:
+            self.guess, self.look = nn.Linear(config.head, 42), nn.Linear(21 * config.channels + 42, config.head)
         if config.texture:
             self.light, self.texture = nn.Linear(config.head, 27), nn.Linear(config.head, 3 * n_vertices)
         with torch.no_grad():
@@ -186,10 +200,19 @@ class HandHead(nn.Module):
             if config.rotation == "6d":
                 self.numbers.bias.view(2, -1)[:, :6] = torch.tensor([1.0, 0, 0, 0, -1.0, 0])               # fingers up
 
-    def forward(self, patches: Float[Tensor, "B K D"]) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        x = self.trunk(patches)
+    def forward(
+        self,
+        features: Float[Tensor, "B C h w"],
+        index: Int[Tensor, "B K"],             # cells
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Float[Tensor, "B K 21 2"] | None]:
+        "Side, numbers of both sides, texture, light, and the joints' places as first guessed, cells."
+        x, points = self.trunk(gather_patches(features, index)), None
+        if self.guess is not None:
+            around = 4 * self.guess(x).unflatten(-1, (21, 2))
+            points = cell_centers(index, features.shape[-1], 1)[..., None, :] + around
+            x = x + F.relu(self.look(torch.cat([read_maps(features, points.detach()), around.flatten(-2) / 4], -1)))
         look = lambda head: None if head is None else head(x)
-        return self.side(x), self.numbers(x).unflatten(-1, (2, -1)), look(self.texture), look(self.light)
+        return self.side(x), self.numbers(x).unflatten(-1, (2, -1)), look(self.texture), look(self.light), points
 
 # %% ../nbs/23_multihand.ipynb #a025d08e
 def both_hands(n_pca: int) -> tuple[HandModel, HandModel]:
@@ -197,7 +220,7 @@ def both_hands(n_pca: int) -> tuple[HandModel, HandModel]:
     options = {} if n_pca == 45 else {"n_pca": n_pca, "flat_hand_mean": False}
     return proxy_hand("left", **options), proxy_hand("right", **options)
 
-# %% ../nbs/23_multihand.ipynb #0b9c692a
+# %% ../nbs/23_multihand.ipynb #a8286946
 class MultiHand(nn.Module):
     "Maps, heads, two hand models and one camera."
     def __init__(self, config: MultiHandConfig, hands: tuple[HandModel, HandModel] | None = None):  # left, right
@@ -219,7 +242,7 @@ class MultiHand(nn.Module):
         here: Bool[Tensor, "B K"] | None = None,   # hands whose meshes are wanted; the others are zeros
     ) -> HandsOut:
         "Read the given cells and put their hands before the camera."
-        side, numbers, texture, light = self.head(gather_patches(features, index))
+        side, numbers, texture, light, guess = self.head(features, index)
         right = side[..., 1] > side[..., 0] if right is None else right
         mine = torch.where(right[..., None], numbers[..., 1, :], numbers[..., 0, :]).float()
         turn, pose, shape, offset = mine.split([self.head.n_rotation, self.config.n_pca, self.head.n_shape, 3], -1)
@@ -233,7 +256,7 @@ class MultiHand(nn.Module):
         joints = joints + move
         keypoints = project(joints.flatten(1, 2), K).unflatten(1, (-1, 21))
         skin = None if texture is None else (texture.unflatten(-1, (-1, 3)) + self.skin).sigmoid()
-        return HandsOut(side, right, full, shape, R, vertices + move, joints, keypoints, skin, light)
+        return HandsOut(side, right, full, shape, R, vertices + move, joints, keypoints, skin, light, None if guess is None else self.config.stride * guess)
 
     def _meshes(self, right: Tensor, pose: Tensor, shape: Tensor, R: Tensor, here: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         "Full poses, vertices and joints of left and right hands about their own origins."
@@ -281,14 +304,18 @@ def bone_unit(keypoints: Float[Tensor, "M 21 2"], visible: Float[Tensor, "M 21"]
     bone = (keypoints[:, 9] - keypoints[:, 10]).norm(dim=-1)
     return torch.maximum(bone, 0.15 * size.amax(-1)).clamp_min(1.0)[:, None, None]
 
-# %% ../nbs/23_multihand.ipynb #9ee6962f
+# %% ../nbs/23_multihand.ipynb #0d503dc2
 def reprojection_terms(out: HandsOut, scenes: Scenes, here: Bool[Tensor, "B N"], config: MultiHandConfig) -> dict[str, Tensor]:
     "λ_rep L_rep (Eq. 8): joints in units of a bone, and directions of the bones."
     mine, true = out.keypoints[here], scenes.keypoints[here]
     unit = bone_unit(true, scenes.visible[here])
     distance = ((mine - true) / unit).square().sum(-1).add(1e-6).sqrt().clamp_max(20)
     edges = (bone_directions(mine) - bone_directions(true)).square().sum(-1).add(1e-6).sqrt()
-    return {"L_rep": config.lambda_rep * distance.mean(), "L_edge": config.lambda_rep * config.lambda_edge * edges.mean()}
+    terms = {"L_rep": config.lambda_rep * distance.mean(), "L_edge": config.lambda_rep * config.lambda_edge * edges.mean()}
+    if out.guess is not None:
+        guessed = ((out.guess[here] - true) / unit).square().sum(-1).add(1e-6).sqrt().clamp_max(20)
+        terms["L_points"] = config.lambda_rep * guessed.mean()
+    return terms
 
 # %% ../nbs/23_multihand.ipynb #e4a60cc7
 def regular_terms(out: HandsOut, here: Bool[Tensor, "B N"], config: MultiHandConfig) -> dict[str, Tensor]:
@@ -666,8 +693,8 @@ class Recipe:
     shipped: bool = False                      # no training: evaluate the network that travels with the package
     supervised: bool = True                    # also train with 3D labels, for comparison
 
-# %% ../nbs/23_multihand.ipynb #2c63ca23
-_CPU = MultiHandConfig(backbone="small", weights="s2hand", channels=64, head=256, stride=4, shrink=2, n_pca=30, rotation="6d", frame="ray", texture=False,
+# %% ../nbs/23_multihand.ipynb #d078f7b5
+_CPU = MultiHandConfig(backbone="small", weights="s2hand", channels=64, head=256, stride=4, shrink=2, n_pca=30, rotation="6d", frame="ray", points=True, texture=False,
                        focal=256.0, lambda_con=0.0, lambda_lr=5.0)
 _FAST = TrainConfig(batch_size=8, lr=1e-3, schedule="cosine", warmup=200, clip=20.0, ema=0.999)
 _QUARTER = SceneConfig(image_size=128, focal=256.0, hands=(1, 4), size=(36.0, 116.0), view_spread=0.3, border=0.05, crowd=0.1, contact=0.2)

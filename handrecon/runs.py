@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SYSTEMS', 'RunError', 'nearest', 'settings', 'find_setting', 'parse_value', 'override', 'config_hash', 'digest',
-           'code_version', 'run_notebook', 'resolve', 'check_dataset', 'describe', 'claim_folder', 'results',
-           'finished', 'reproduce']
+           'code_version', 'run_notebook', 'resolve', 'check_dataset', 'packaged_weights', 'describe', 'claim_folder',
+           'results', 'finished', 'reproduce']
 
 # %% ../nbs/30_runs.ipynb #2fcedabf
 import difflib
@@ -103,7 +103,7 @@ def code_version() -> dict[str, str | None]:
     sources = [path for pattern in ("*.py", "notebooks/*.ipynb", "assets/*") for path in package.glob(pattern)]
     return {"version": handrecon.__version__, "commit": commit + dirty or None, "code": digest(sources, package)}
 
-# %% ../nbs/30_runs.ipynb #913f3629
+# %% ../nbs/30_runs.ipynb #fc5b039a
 SYSTEMS = ("s2hand", "s2hand_video", "binocular", "multihand")
 
 # %% ../nbs/30_runs.ipynb #f6193397
@@ -129,11 +129,20 @@ def check_dataset(system: str, dataset: str) -> None:
     if dataset not in known:
         raise RunError(f"no data set is called {dataset!r}: {nearest(dataset, list(known))}")
 
-# %% ../nbs/30_runs.ipynb #666cb61c
+# %% ../nbs/30_runs.ipynb #d5a4d1bd
+def packaged_weights(system: str, settings: dict[str, Any]) -> dict[str, str]:
+    "Digests of the packaged networks that a run begins with, by name: begun with other weights it is another run."
+    assets = Path(handrecon.__file__).parent / "assets"
+    values = lambda tree: [v for part in tree.values() for v in (values(part) if isinstance(part, dict) else [part])]
+    named = {value for value in values(settings) if value in SYSTEMS} | ({system} if settings.get("shipped") else set())
+    return {name: digest([path], assets) if (path := assets / f"{name}.safetensors").exists() else "absent" for name in sorted(named)}
+
+# %% ../nbs/30_runs.ipynb #dfd36521
 def describe(system: str, profile: str, dataset: str, seed: int, recipe: Any) -> dict[str, Any]:
     "What determines a run, and the digits that stand for it."
     config = {"system": system, "profile": profile, "dataset": dataset, "seed": seed, "settings": asdict(recipe)}
     config = json.loads(json.dumps(config))
+    if begun := packaged_weights(system, config["settings"]): config["begins_with"] = begun
     return config | {"hash": config_hash(config)}
 
 # %% ../nbs/30_runs.ipynb #7edec207

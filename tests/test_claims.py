@@ -113,6 +113,18 @@ def test_record_of_the_command_is_accepted(done):
 def _rehashed(record): return record | {"hash": config_hash({name: record[name] for name in C.FIELDS})}
 
 
+def test_record_begun_with_other_weights_is_refused(tmp_path):
+    claim = next(c for c in C.all_claims() if c.id == "video-accuracy")
+    expected = expected_config(claim, claim.runs[0], 0)
+    made = {"version": "0", "commit": "f" * 40, "device": "cpu", "seconds": 1.0, "metrics": {}}
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps(expected | made))
+    assert read_record(path, expected)["begins_with"] == expected["begins_with"]
+    older = {k: v for k, v in expected.items() if k != "hash"} | {"begins_with": {"s2hand": "0123456789ab"}}
+    path.write_text(json.dumps(older | {"hash": config_hash(older)} | made))
+    with pytest.raises(RunError, match="begins_with.s2hand is \"0123456789ab\", now"): read_record(path, expected)
+
+
 @pytest.mark.parametrize("damage, words", [
     (lambda r: r | {"hash": "0" * 12}, "changed by hand"),
     (lambda r: r | {"seed": 7}, "changed by hand"),
