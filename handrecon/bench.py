@@ -444,7 +444,7 @@ def _plot(record: dict[str, dict], folder: Path) -> list[str]:
     figure.savefig(folder / "performance.png")
     return ["performance.png"]
 
-# %% ../nbs/32_bench.ipynb #65e79e65
+# %% ../nbs/32_bench.ipynb #33d169ec
 _TITLES = {
     "mano": ("The hand layer", "45 angles, ten shape numbers and a rotation to 778 vertices and 21 joints, float32. The last column compares forward plus backward. Our layer skips products with zeros; the row without zeros shows what that is worth. "
              "On CUDA the layer takes the plain path: there are no fused CUDA kernels; `handrecon bench mano --peers --device cuda` measures it."),

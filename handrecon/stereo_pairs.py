@@ -29,7 +29,7 @@ from .synthetic import (
     ARM_STATIONS, OVERSAMPLE, Hands, Lamps, Scene, SyntheticConfig, backgrounds, blur, default_hand, dress, frame, light_vertices, openness, palm_frame,
     resolve, sample_views, wrist_ring)
 
-# %% ../nbs/13d_stereo_pairs.ipynb #355a5bed
+# %% ../nbs/13d_stereo_pairs.ipynb #af844161
 @dataclass(frozen=True)
 class Rig:
     "A rectified pair of cameras."
