@@ -367,13 +367,13 @@ class Recipe:
         rig = RIGS[self.rig].scaled(self.pixels)
         return replace(rig, baseline=self.baseline) if self.baseline else rig
 
-# %% ../nbs/22_binocular.ipynb #e16d055d
+# %% ../nbs/22_binocular.ipynb #1bfcea49
 _SMALL = BinocularConfig(backbone="small", encoder="s2hand", image_size=64, channels=64)
 _LEARN = TrainConfig(batch_size=32, lr=3e-3, schedule="cosine", warmup=50, clip=10.0, ema=0.995)
 _MOVE = TrainConfig(batch_size=8, lr=2e-4, schedule="cosine", warmup=20, clip=10.0)
 RECIPES = {
     "smoke": Recipe(_SMALL, replace(_LEARN, steps=40, batch_size=16, warmup=5, ema=0.9), replace(_MOVE, steps=6, warmup=2), 96, 16, 16, pixels=0.4),
-    "ledger": Recipe(_SMALL, replace(_LEARN, steps=2000), replace(_MOVE, steps=500), 6000, 400, 150, pixels=0.4),
+    "ledger": Recipe(_SMALL, replace(_LEARN, steps=6000, precision="bfloat16"), replace(_MOVE, steps=500), 12000, 400, 150, pixels=0.4),
     "cpu": Recipe(replace(_SMALL, image_size=96), replace(_LEARN, steps=20000), replace(_MOVE, steps=6000), 20000, 4000, 500, pixels=0.5),
     "gpu": Recipe(replace(_SMALL, backbone="resnet18", encoder="imagenet", image_size=128, channels=128), replace(_LEARN, steps=20000, batch_size=64), replace(_MOVE, steps=10000, batch_size=16),
                   pixels=0.5),
@@ -610,11 +610,11 @@ def reconstruct_files(left: str | Path, right: str | Path, rig: Sequence[float |
     write_json(out / "hands.json", record)
     return record
 
-# %% ../nbs/22_binocular.ipynb #dd2f31be
+# %% ../nbs/22_binocular.ipynb #06623f76
 _FULL = Run("full")
 _WITHOUT = {"photo": "photo-consistency", "edge": "edge", "lap": "Laplacian", "mask": "mask", "chamfer": "Chamfer", "normal": "normal"}
 _PAPER_2 = {"photo": 25.36, "edge": 13.46, "lap": 11.36, "mask": 11.23, "chamfer": 11.37, "normal": 11.23}
-_NOTE = ("Two synthetic worlds, 64-pixel crops, a small network and a prior of 2,000 steps; 400 pairs to move with, 500 steps. The encoder begins with the packaged S²HAND network's weights. "
+_NOTE = ("Two synthetic worlds, 64-pixel crops, a small network and a prior of 6,000 steps; 400 pairs to move with, 500 steps. The encoder begins with the packaged S²HAND network's weights. "
          "All runs of a seed share one prior, named in their records.")
 CLAIMS = (
     Claim("binocular-table1", "binocular", "Fine-tuning by left-right consistency cuts the mean joint error of a network moved to a new place by a factor of four; absolute with two views, a little worse and only root-relative with one.",
