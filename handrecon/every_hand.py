@@ -51,7 +51,7 @@ def refine(
     better = reconstruct_hands([picture] * len(hands), [h.K for h in hands], wanted, network)
     return [replace(b, score=h.score) for b, h in zip(better, hands)]
 
-# %% ../nbs/18c_every_hand.ipynb #65330bf2
+# %% ../nbs/18c_every_hand.ipynb #45f49fe6
 @dataclass(frozen=True)
 class Finder:
     "What decides which hands are found, and how."
@@ -66,7 +66,8 @@ class Finder:
         "All hands of a picture, best first."
         K = guess_intrinsics(source.height, source.width, self.focal)
         pixels = torch.from_numpy(picture).permute(2, 0, 1).float() / 255
-        found = [as_hand_3d(h, K, self.model) for h in find_hands(self.model, pixels, K, self.min_score, self.max_hands)]
+        look = lambda *quarters: find_hands(self.model, pixels, K, self.min_score, self.max_hands, quarters=quarters)
+        found = [as_hand_3d(h, K, self.model) for h in look(0) or look(1, 2, 3)]        # networks learn upright hands; yours may lie on its side
         found = [h for h in found if bool((h.vertices[:, 2] > 0.01).all())]
         return found if self.network is None else refine(picture, found, self.network)
 

@@ -6,9 +6,9 @@
 __all__ = ['BONE', 'RECIPES', 'DATASETS', 'HELD_OUT_SEED', 'SIDE_COLORS', 'CLAIMS', 'MultiHandConfig', 'Maps', 'HandsOut',
            'Residual', 'begin_from_s2hand', 'MapNetwork', 'read_maps', 'HandHead', 'both_hands', 'MultiHand',
            'localization_terms', 'bone_unit', 'reprojection_terms', 'regular_terms', 'consistency_term', 'terms_3d',
-           'true_vertices', 'loss_terms', 'render_hands', 'lit_colours', 'picture_terms', 'FoundHand', 'find_hands',
-           'match', 'average_precision', 'Answers', 'answer', 'score', 'by_count', 'run_times', 'Recipe', 'save',
-           'load', 'picture_groups', 'scenes_from_data', 'load_pictures', 'start', 'single_hands',
+           'true_vertices', 'loss_terms', 'render_hands', 'lit_colours', 'picture_terms', 'FoundHand', 'quarter_turned',
+           'find_hands', 'match', 'average_precision', 'Answers', 'answer', 'score', 'by_count', 'run_times', 'Recipe',
+           'save', 'load', 'picture_groups', 'scenes_from_data', 'load_pictures', 'start', 'single_hands',
            'reconstruction_terms', 'train_network', 'draw_hands', 'report_grid']
 
 # %% ../nbs/23_multihand.ipynb #f8d7b522
@@ -455,7 +455,18 @@ class FoundHand(NamedTuple):
     shape: Float[Tensor, "S"]
     rotation: Float[Tensor, "3"]        # about the wrist, axis-angle
 
-# %% ../nbs/23_multihand.ipynb #5def10dd
+# %% ../nbs/23_multihand.ipynb #f067e379
+def quarter_turned(
+    picture: Float[Tensor, "3 H W"],
+    K: Float[Tensor, "3 3"],             # pixels
+) -> tuple[Float[Tensor, "3 W H"], Float[Tensor, "3 3"], Float[Tensor, "3 3"]]:
+    "Picture and camera rolled so that the picture turns clockwise by 90°, and the rotation R from the old camera's axes to the new one's: pixel (x, y) goes to (H − y, x)."
+    height = picture.shape[1]
+    zero, one = K.new_zeros(()), K.new_ones(())
+    rolled = torch.stack([K[1, 1], zero, height - K[1, 2], zero, K[0, 0], K[0, 2], zero, zero, one]).view(3, 3)
+    return torch.rot90(picture, -1, (1, 2)), rolled, K.new_tensor([[0.0, -1, 0], [1, 0, 0], [0, 0, 1]])
+
+# %% ../nbs/23_multihand.ipynb #790abb25
 @torch.no_grad()
 def find_hands(
     model: MultiHand,
@@ -464,17 +475,36 @@ def find_hands(
     min_score: float | None = None,      # default: the configuration's threshold
     max_hands: int | None = None,
     sizes: tuple[int, ...] = (512, 256),  # sides of the squares the picture is laid into
+    quarters: tuple[int, ...] = (0,),    # looks at the picture turned clockwise by so many times 90°
 ) -> list[FoundHand]:
     "Every hand of a picture, best first; an empty list where there is none."
-    c, longest = model.config, max(picture.shape[1:])
-    found = []
+    found, rolled, camera, R = [], picture, K, torch.eye(3)
+    for quarter in range(max(quarters) + 1):
+        if quarter in quarters: found += [_rolled_back(hand, R, K) for hand in _look(model, rolled, camera, min_score, max_hands, sizes)]
+        rolled, camera, step = quarter_turned(rolled, camera)
+        R = step @ R
+    return _distinct(sorted(found, key=lambda h: -h.score))[:max_hands or model.config.max_hands]
+
+# %% ../nbs/23_multihand.ipynb #b8b618fc
+def _look(model: MultiHand, picture: Tensor, K: Tensor, min_score: float | None, max_hands: int | None, sizes: tuple[int, ...]) -> list[FoundHand]:
+    "All answers of the network about a picture laid into squares of several sizes."
+    c, longest, found = model.config, max(picture.shape[1:]), []
     for size in sizes:
         side, box = size // c.shrink, torch.tensor([[0.0, 0, longest, longest]])
         small, inner = crop_images(picture[None], box, side), crop_intrinsics(K[None], box, side)
         peaks, out = model(small, inner, max_hands or c.max_hands, c.threshold if min_score is None else min_score)
         for i in peaks.kept[0].nonzero().flatten().tolist():
             found.append(_found(peaks, out, i, K))
-    return _distinct(sorted(found, key=lambda h: -h.score))[:max_hands or c.max_hands]
+    return found
+
+# %% ../nbs/23_multihand.ipynb #07414186
+def _rolled_back(hand: FoundHand, R: Float[Tensor, "3 3"], K: Float[Tensor, "3 3"]) -> FoundHand:
+    "A hand that a rolled camera saw, in the axes and pixels of the camera K; R leads from these axes to the rolled ones."
+    if torch.equal(R, torch.eye(3)): return hand
+    joints, vertices = hand.joints @ R, hand.vertices @ R
+    pixels = project(vertices[None], K[None])[0]
+    rotation = matrix_to_axis_angle((R.T @ axis_angle_to_matrix(hand.rotation[None])[0])[None])[0]
+    return hand._replace(box=torch.cat([pixels.amin(0), pixels.amax(0)]), keypoints=project(joints[None], K[None])[0], joints=joints, vertices=vertices, rotation=rotation)
 
 # %% ../nbs/23_multihand.ipynb #c3e8206d
 def _found(peaks: Peaks, out: HandsOut, i: int, K: Float[Tensor, "3 3"]) -> FoundHand:
