@@ -488,9 +488,10 @@ def save(path: str | Path, model: MeshRegressor, meta: dict | None = None, dtype
     "Write a network with all that `load` needs."
     save_checkpoint(path, model, {"system": "binocular", "config": asdict(model.config), **(meta or {})}, dtype)
 
-# %% ../nbs/22_binocular.ipynb #8ab8453f
-def load(path: str | Path, hand: HandModel | None = None) -> MeshRegressor:
-    "A trained network from a checkpoint file, on the proxy hand unless `hand` is given."
+# %% ../nbs/22_binocular.ipynb #bae30553
+def load(source: str | Path = "binocular", hand: HandModel | None = None) -> MeshRegressor:
+    "A trained network: \"binocular\" for the one that travels with the package, or a checkpoint file; on the proxy hand unless `hand` is given."
+    path = SHIPPED.with_name("binocular.safetensors") if str(source) == "binocular" else Path(source)
     weights, meta = load_checkpoint(path, "binocular")
     written = meta.get("config", {})
     if unknown := set(written) ^ {f.name for f in fields(BinocularConfig)}:
@@ -578,10 +579,11 @@ def find_in_right(left: UInt8[np.ndarray, "H W 3"], right: UInt8[np.ndarray, "H 
     shift = u0 - (first + int(score.argmax()))
     return box - torch.tensor([shift, 0, shift, 0])
 
-# %% ../nbs/22_binocular.ipynb #5bfbc103
+# %% ../nbs/22_binocular.ipynb #98415cd6
 def reconstruct_files(left: str | Path, right: str | Path, rig: Sequence[float | int], box: Sequence[float | int], checkpoint: str | Path, out: str | Path) -> dict:
     "One pair of pictures to a mesh in metres, and to hand-model parameters: NAME.glb, NAME.overlay.png and hands.json in `out`."
     from handrecon.files import write_json
+    from handrecon.reconstruct import results_folder
     from handrecon.viz import contact_sheet, overlay, read_picture, save_picture, write_glb
     model = load(checkpoint)
     pictures = [read_picture(p) for p in (left, right)]
@@ -601,13 +603,14 @@ def reconstruct_files(left: str | Path, right: str | Path, rig: Sequence[float |
     fitted, K = fit_hand(mesh, model.hand), cameras.K(1)[0]
     name, out = Path(left).stem, Path(out)
     sheet = [overlay(p, mesh[0] - torch.tensor([i * b, 0, 0]), model.hand.faces, K) for i, p in enumerate(pictures)]
-    write_glb(out / f"{name}.glb", mesh[0], model.hand.faces)
-    save_picture(out / f"{name}.overlay.png", contact_sheet(sheet, columns=2))
     numbers = lambda x: [round(float(v), 6) for v in x.flatten()]
     record = {"left": str(left), "right": str(right), "rig": {"focal": f, "cx": cx, "cy": cy, "baseline": b}, "box_left": numbers(first), "box_right": numbers(second),
               "joints": joints_of(mesh, model.hand)[0].tolist(), "depth": float(mesh[0, :, 2].mean()), "pose": numbers(fitted.pose), "shape": numbers(fitted.shape),
               "rotation": numbers(fitted.rotation), "translation": numbers(fitted.translation), "fit_error": float(fitted.error)}
-    write_json(out / "hands.json", record)
+    with results_folder(out) as work:
+        write_glb(work / f"{name}.glb", mesh[0], model.hand.faces)
+        save_picture(work / f"{name}.overlay.png", contact_sheet(sheet, columns=2))
+        write_json(work / "hands.json", record)
     return record
 
 # %% ../nbs/22_binocular.ipynb #06623f76

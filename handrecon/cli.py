@@ -92,18 +92,17 @@ def _numbers(text: str, option: str, n: int) -> list[float]:
         raise ValueError(f"{option} expects {n} numbers separated by commas, found {text!r}")
     return values
 
-# %% ../nbs/31_cli.ipynb #ff541979
+# %% ../nbs/31_cli.ipynb #11729338
 def _reconstruct_pair(inputs: list[Path], out: Path, checkpoint: Path | None, box: list[float] | None, rig: list[float]) -> None:
     "Both pictures of a stereo pair to one hand in absolute coordinates."
     if len(inputs) != 2: raise ValueError(f"--stereo expects two pictures, LEFT RIGHT, found {len(inputs)}")
     if box is None: raise ValueError("--stereo needs --box, the hand in the left picture")
-    if checkpoint is None: raise ValueError("--stereo needs --checkpoint, a network of the binocular system: handrecon reproduce binocular makes one")
     from handrecon.binocular import reconstruct_files
-    record = reconstruct_files(*inputs, tuple(rig), box, checkpoint, out)
+    record = reconstruct_files(*inputs, tuple(rig), box, checkpoint or "binocular", out)
     typer.echo(f"{inputs[0].name} + {inputs[1].name}: a right hand {record['depth']:.3f} m away; hand model fitted to {1000 * record['fit_error']:.1f} mm")
     typer.echo(f"Results: {out}")
 
-# %% ../nbs/31_cli.ipynb #2129f25a
+# %% ../nbs/31_cli.ipynb #4a3c50a2
 @app.command()
 @guarded
 def reconstruct(
@@ -116,7 +115,7 @@ def reconstruct(
     box: Annotated[str | None, typer.Option(metavar="X0,Y0,X1,Y1", help="Where the hand is, pixels; default: everywhere.")] = None,
     fit: Annotated[bool, typer.Option(help="Move the result onto the detections.")] = True,
     adapt: Annotated[int, typer.Option(metavar="STEPS", min=0, help="First fine-tune the network on each video's own detections.")] = 0,
-    stereo: Annotated[str | None, typer.Option(metavar="F,CX,CY,B", help="LEFT RIGHT of a rectified rig: pixels, and its baseline in metres; with --box (left) and --checkpoint.")] = None,
+    stereo: Annotated[str | None, typer.Option(metavar="F,CX,CY,B", help="LEFT RIGHT of a rectified rig: pixels, and its baseline in metres; with --box, the hand in the left one.")] = None,
     min_score: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Of a hand that is found in a photo; default: the network's.")] = None,
     max_hands: Annotated[int, typer.Option(min=1, help="Most hands to find in a photo.")] = 10,
     refine: Annotated[str | None, typer.Option(metavar="s2hand", help="Show each hand that was found to this network.")] = None,
