@@ -252,6 +252,26 @@ def test_own_pair_to_files(tmp_path, model, pairs):
         reconstruct_files(tmp_path / "l.png", tmp_path / "r.png", (rig.focal, rig.cx, rig.cy, rig.baseline), [0.0, 0, 9999, 50], tmp_path / "net.safetensors", tmp_path / "out")
 
 
+def test_packaged_network_sees_a_pair_from_the_command_line(tmp_path):
+    from typer.testing import CliRunner
+
+    from handrecon.cli import app
+    views, truth = make_pairs(1, 12, STB_RIG.scaled(0.5))
+    for name, picture in (("l", views.left[0]), ("r", views.right[0])): save_picture(tmp_path / f"{name}.png", to_picture(picture))
+    rig, box = views.rig, views.box_left[0].clamp_min(0).tolist()
+    box[2], box[3] = min(box[2], rig.width), min(box[3], rig.height)
+    text = lambda numbers: ",".join(f"{v:.3f}" for v in numbers)
+    pair = [str(tmp_path / "l.png"), str(tmp_path / "r.png")]
+    cameras = ["--stereo", text((rig.focal, rig.cx, rig.cy, rig.baseline)), "--out", str(tmp_path / "out")]
+    answer = CliRunner().invoke(app, ["reconstruct", *pair, "--box", text(box), *cameras])
+    assert answer.exit_code == 0 and "m away" in answer.output, answer.output
+    found = torch.tensor(json.loads((tmp_path / "out/hands.json").read_text())["joints"])
+    assert float((found - truth.joints[0]).norm(dim=-1).mean()) < 0.06
+    for wrong, words in (([*pair[:1], "--box", text(box)], "expects two pictures"), (pair, "--stereo needs --box")):
+        answer = CliRunner().invoke(app, ["reconstruct", *wrong, *cameras])
+        assert answer.exit_code == 2 and words in answer.output
+
+
 def test_the_hand_is_found_in_the_right_picture(pairs):
     views, truth, _ = pairs
     for i in range(3):
