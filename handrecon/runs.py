@@ -129,12 +129,12 @@ def check_dataset(system: str, dataset: str) -> None:
     if dataset not in known:
         raise RunError(f"no data set is called {dataset!r}: {nearest(dataset, list(known))}")
 
-# %% ../nbs/30_runs.ipynb #d5a4d1bd
+# %% ../nbs/30_runs.ipynb #25e19ef2
 def packaged_weights(system: str, settings: dict[str, Any]) -> dict[str, str]:
     "Digests of the packaged networks that a run begins with, by name: begun with other weights it is another run."
     assets = Path(handrecon.__file__).parent / "assets"
-    values = lambda tree: [v for part in tree.values() for v in (values(part) if isinstance(part, dict) else [part])]
-    named = {value for value in values(settings) if value in SYSTEMS} | ({system} if settings.get("shipped") else set())
+    sources = lambda tree: [v for k, part in tree.items() for v in (sources(part) if isinstance(part, dict) else [part] if k in ("start", "encoder", "weights") else [])]
+    named = {source for source in sources(settings) if source in SYSTEMS} | ({system} if settings.get("shipped") else set())
     return {name: digest([path], assets) if (path := assets / f"{name}.safetensors").exists() else "absent" for name in sorted(named)}
 
 # %% ../nbs/30_runs.ipynb #dfd36521
