@@ -324,7 +324,7 @@ class Recipe:
         if self.confidence not in ("detector", "equal"):
             raise ValueError(f"Recipe.confidence: expected detector or equal, found {self.confidence!r}")
 
-# %% ../nbs/20_s2hand.ipynb #3081c91a
+# %% ../nbs/20_s2hand.ipynb #db4748ce
 _EDGE_ON = (torch.pi / 2**0.5, torch.pi / 2**0.5, 0.0)   # fingers up, thumb towards us: palm and back are equally far away
 _SMALL = S2HandConfig(backbone="small", image_size=64, rotation="6d", canonical_focal=2.14, z_bias=0.45, bone_length=0.0,
                       root_rotation=_EDGE_ON, head_gain=30.0, photo_moves_hand=False, n_points=21)
@@ -335,7 +335,7 @@ _LEDGER = replace(_SMALL, n_points=0, branch_stacks=1, branch_modules=1, branch_
 _EPOCH = 32560 // 64
 RECIPES = {
     "smoke": Recipe(_SMALL, replace(_FAST, steps=20, batch_size=16, warmup=5, ema=0.9, save_every=5), n_train=96, n_eval=48, pictures=_UPRIGHT, turn=0.2, photo=0.25),
-    "quick": Recipe(_SMALL, replace(_FAST, steps=2500), n_train=12000, pictures=_UPRIGHT, turn=0.2, photo=0.25),
+    "quick": Recipe(_SMALL, replace(_FAST, steps=1600), n_train=12000, pictures=_UPRIGHT, turn=0.2, photo=0.25),
     "cpu": Recipe(_SMALL, replace(_FAST, steps=14000, ema=0.999, precision="bfloat16"), n_train=30000, n_eval=2000, pictures=_DAILY, turn=0.3, zoom=0.1, shift=0.03, photo=0.125),
     "ledger": Recipe(_LEDGER, replace(_FAST, steps=500, batch_size=32, lr=2e-3, ema=0.98, save_every=100), n_train=4000, n_eval=500, pictures=_UPRIGHT, turn=0.2, photo=0.25,
                      steps_2d=400, steps_joint=150, lr_joint=5e-4, baseline=False),
