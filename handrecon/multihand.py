@@ -723,7 +723,7 @@ class Recipe:
     shipped: bool = False                      # no training: evaluate the network that travels with the package
     supervised: bool = True                    # also train with 3D labels, for comparison
 
-# %% ../nbs/23_multihand.ipynb #2c1ccf60
+# %% ../nbs/23_multihand.ipynb #18292858
 _CPU = MultiHandConfig(backbone="small", weights="s2hand", channels=64, head=256, stride=4, shrink=2, n_pca=30, rotation="6d", frame="ray", points=True, texture=False,
                        focal=256.0, lambda_con=0.0, lambda_lr=5.0)
 _FAST = TrainConfig(batch_size=8, lr=1e-3, schedule="cosine", warmup=200, clip=20.0, ema=0.999)
@@ -735,7 +735,8 @@ _LEDGER = Recipe(replace(_CPU, lambda_con=0.1), replace(_FAST, steps=1000, batch
 RECIPES = {
     "smoke": Recipe(_CPU, replace(_FAST, steps=30, warmup=5, ema=0.9, save_every=15), n_train=48, n_eval=24, pictures=_QUARTER, evaluation=_QUARTER, turn=0.3, first_steps=10, supervised=False),
     "ledger": _LEDGER,
-    "cpu": Recipe(replace(_CPU, lambda_3d=1.0), replace(_FAST, steps=15000), n_train=8000, n_eval=400, pictures=_QUARTER, evaluation=_HALF, turn=0.3, supervised=False),
+    "cpu": Recipe(replace(_CPU, lambda_3d=1.0), replace(_FAST, steps=20000, batch_size=16, lr=2e-3, precision="bfloat16"), n_train=50000, n_eval=400, pictures=_QUARTER, evaluation=_HALF,
+                  turn=0.3, first_steps=4000, supervised=False),
     "shipped": Recipe(_CPU, n_eval=300, pictures=_QUARTER, evaluation=_HALF, shipped=True, supervised=False),
     "gpu": Recipe(MultiHandConfig(weights="imagenet", n_pca=30, rotation="6d", frame="ray", lambda_pho=0.1, lambda_seg=0.2, lambda_lr=5.0),
                   replace(_FAST, steps=40000, batch_size=32, prefetch=4), first_steps=10000),
