@@ -4,17 +4,16 @@
 
 # %% auto #0
 __all__ = ['BONE', 'RECIPES', 'DATASETS', 'HELD_OUT_SEED', 'SIDE_COLORS', 'CLAIMS', 'MultiHandConfig', 'Maps', 'HandsOut',
-           'Residual', 'begin_from_s2hand', 'MapNetwork', 'read_maps', 'HandHead', 'both_hands', 'MultiHand',
-           'localization_terms', 'bone_unit', 'reprojection_terms', 'regular_terms', 'consistency_term', 'terms_3d',
-           'true_vertices', 'loss_terms', 'render_hands', 'lit_colours', 'picture_terms', 'FoundHand', 'quarter_turned',
-           'find_hands', 'match', 'average_precision', 'Answers', 'answer', 'score', 'by_count', 'run_times', 'Recipe',
-           'save', 'load', 'picture_groups', 'scenes_from_data', 'load_pictures', 'start', 'single_hands',
+           'Residual', 'MapNetwork', 'read_maps', 'HandHead', 'both_hands', 'MultiHand', 'localization_terms',
+           'bone_unit', 'reprojection_terms', 'regular_terms', 'consistency_term', 'terms_3d', 'true_vertices',
+           'loss_terms', 'render_hands', 'lit_colours', 'picture_terms', 'FoundHand', 'quarter_turned', 'find_hands',
+           'match', 'average_precision', 'Answers', 'answer', 'score', 'by_count', 'run_times', 'Recipe', 'save',
+           'load', 'picture_groups', 'scenes_from_data', 'load_pictures', 'start', 'single_hands',
            'reconstruction_terms', 'train_network', 'draw_hands', 'report_grid']
 
-# %% ../nbs/23_multihand.ipynb #f8d7b522
+# %% ../nbs/23_multihand.ipynb #c3a52896
 import time
 from dataclasses import asdict, dataclass, fields, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,8 +36,9 @@ from .networks import MEAN_SKIN, make_backbone
 from .proxy_hand import proxy_hand
 from .render import Rendering, render, vertex_normals
 from .rotation import axis_angle_to_matrix, matrix_to_axis_angle, rotation_6d_to_matrix
+from .s2hand import lend_backbone
 from .scenes import SceneBatches, SceneConfig, Scenes, compose, data_cutouts, load_scenes, pack, synthetic_cutouts, unpack
-from .training import History, TrainConfig, fit, load_checkpoint, load_weights, save_checkpoint
+from .training import History, TrainConfig, fit, load_checkpoint, load_weights, packaged, save_checkpoint
 from .viz import contact_sheet, overlay, to_picture
 
 # %% ../nbs/23_multihand.ipynb #c2802de7
@@ -123,23 +123,14 @@ def _map_head(inside: int, width: int, outside: int, bias: float) -> nn.Sequenti
         last.bias.fill_(bias)
     return nn.Sequential(nn.Conv2d(inside, width, 3, padding=1), nn.ReLU(), last)
 
-# %% ../nbs/23_multihand.ipynb #1116fb6a
-def begin_from_s2hand(backbone: nn.Module) -> None:
-    "Copy the backbone of the shipped S²HAND network: the first of the paper's two stages, single centred hands, has been trained there (§IV-A)."
-    path = Path(str(files("handrecon"))) / "assets/s2hand.safetensors"
-    head = "encoder.backbone."
-    found = {k.removeprefix(head): v for k, v in load_checkpoint(path, "s2hand").weights.items() if k.startswith(head)}
-    load_weights(backbone, found, path)
-    backbone.weights_source = "S²HAND"
-
-# %% ../nbs/23_multihand.ipynb #e7fa849c
+# %% ../nbs/23_multihand.ipynb #3ab3e7b5
 class MapNetwork(nn.Module):
     "Picture to `Maps` (Fig. 2)."
     def __init__(self, config: MultiHandConfig):
         super().__init__()
         self.config = config
         self.backbone = make_backbone(config.backbone, None if config.weights == "s2hand" else config.weights or None)
-        if config.weights == "s2hand": begin_from_s2hand(self.backbone)
+        if config.weights == "s2hand": lend_backbone(self.backbone)
         with torch.no_grad():
             levels = [x.shape[1] for x in self.backbone.pyramid(torch.zeros(2, 3, 64, 64))[1]]
         C = config.channels
@@ -749,10 +740,10 @@ def save(path: str | Path, model: MultiHand, meta: dict | None = None, dtype: to
     "Write a network with all that `load` needs."
     save_checkpoint(path, model, {"system": "multihand", "config": asdict(model.config), **(meta or {})}, dtype)
 
-# %% ../nbs/23_multihand.ipynb #0ff70925
+# %% ../nbs/23_multihand.ipynb #f9dc65f6
 def load(source: str | Path = "multihand", hands: tuple[HandModel, HandModel] | None = None) -> MultiHand:
     "A trained network: \"multihand\" is the one that travels with the package, else a checkpoint file. On the licence-free hands unless others are given."
-    path = Path(str(files("handrecon"))) / "assets/multihand.safetensors" if str(source) == "multihand" else Path(source)
+    path = packaged("multihand") if str(source) == "multihand" else Path(source)
     weights, meta = load_checkpoint(path, "multihand")
     written = meta.get("config", {})
     if unknown := set(written) ^ {f.name for f in fields(MultiHandConfig)}:

@@ -7,7 +7,7 @@ __all__ = ['SYSTEMS', 'RunError', 'nearest', 'settings', 'find_setting', 'parse_
            'code_version', 'run_notebook', 'resolve', 'check_dataset', 'packaged_weights', 'describe', 'claim_folder',
            'results', 'finished', 'reproduce']
 
-# %% ../nbs/30_runs.ipynb #2fcedabf
+# %% ../nbs/30_runs.ipynb #2aaa5536
 import difflib
 import hashlib
 import importlib
@@ -16,11 +16,13 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, fields, is_dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import handrecon
 from .files import write_json, write_text
+from .training import packaged
 
 # %% ../nbs/30_runs.ipynb #b799c6c9
 class RunError(ValueError):
@@ -129,13 +131,23 @@ def check_dataset(system: str, dataset: str) -> None:
     if dataset not in known:
         raise RunError(f"no data set is called {dataset!r}: {nearest(dataset, list(known))}")
 
-# %% ../nbs/30_runs.ipynb #25e19ef2
+# %% ../nbs/30_runs.ipynb #8d8986c1
+@lru_cache
+def _digest_once(path: Path, size: int, changed_ns: int) -> str:
+    return digest([path], path.parent)
+
+
+def _weights_digest(name: str) -> str:
+    "Of a packaged network, read again only when the file has changed: the ledger asks for every record."
+    if not (path := packaged(name)).exists(): return "absent"
+    return _digest_once(path, path.stat().st_size, path.stat().st_mtime_ns)
+
+# %% ../nbs/30_runs.ipynb #c5f78daa
 def packaged_weights(system: str, settings: dict[str, Any]) -> dict[str, str]:
     "Digests of the packaged networks that a run begins with, by name: begun with other weights it is another run."
-    assets = Path(handrecon.__file__).parent / "assets"
     sources = lambda tree: [v for k, part in tree.items() for v in (sources(part) if isinstance(part, dict) else [part] if k in ("start", "encoder", "weights") else [])]
     named = {source for source in sources(settings) if source in SYSTEMS} | ({system} if settings.get("shipped") else set())
-    return {name: digest([path], assets) if (path := assets / f"{name}.safetensors").exists() else "absent" for name in sorted(named)}
+    return {name: _weights_digest(name) for name in sorted(named)}
 
 # %% ../nbs/30_runs.ipynb #dfd36521
 def describe(system: str, profile: str, dataset: str, seed: int, recipe: Any) -> dict[str, Any]:

@@ -8,16 +8,15 @@ __all__ = ['RECIPES', 'REAL', 'HELD_OUT_SEED', 'DATASETS', 'DETECTION_TOLERANCE'
            'load_real', 'load_synthetic', 'load_pictures', 'self_supervised', 'branch_alone', 'supervised', 'Stage',
            'stages', 'learn', 'teaching', 'Prediction', 'predict', 'predict_mean_pose', 'score', 'per_picture_error',
            'look', 'keypoint_distances', 'photometric_error', 'plain_appearance', 'side_view', 'report_grid',
-           'failure_causes', 'failure_table', 'wrist_error', 'failure_gallery', 'save', 'load', 'detect', 'with_branch',
-           'FitConfig', 'HandFit', 'reprojection_error', 'detection_box', 'joints_only', 'similarity_2d', 'Start',
-           'viewpoint_starts', 'start_from', 'pose_prior', 'fit_to_detections']
+           'failure_causes', 'failure_table', 'wrist_error', 'failure_gallery', 'save', 'load', 'lend_backbone',
+           'detect', 'with_branch', 'FitConfig', 'HandFit', 'reprojection_error', 'detection_box', 'joints_only',
+           'similarity_2d', 'Start', 'viewpoint_starts', 'start_from', 'pose_prior', 'fit_to_detections']
 
-# %% ../nbs/20_s2hand.ipynb #c338f358
+# %% ../nbs/20_s2hand.ipynb #fcd781f4
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
-from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,13 +37,13 @@ from .losses import (
     bone_orientation_loss, joint_limit_loss, joint_location_loss, photometric_confidence, pixel_loss, scale_regularizer, shape_regularizer, ssim, ssim_loss, texture_regularizer)
 from .mano import HandMesh, HandModel, transform_mesh
 from .metrics import evaluate_hands, mpjpe, point_errors, procrustes_align
-from .networks import FRONT_LIGHT, MEAN_SKIN, Appearance, HandCode, HandEncoder, make_backbone
+from .networks import FRONT_LIGHT, MEAN_SKIN, Appearance, Backbone, HandCode, HandEncoder, make_backbone
 from .point_features import PointFeatures
 from .proxy_hand import posture, proxy_hand, proxy_hand_arrays, sample_poses, self_penetration
 from .render import light_from_vector, render
 from .rotation import axis_angle_to_matrix, matrix_to_axis_angle, matrix_to_rotation_6d, random_rotations, rotation_6d_to_matrix
 from .synthetic import SyntheticConfig, make_batch
-from .training import ArrayBatches, History, TrainConfig, batch_seed, fit, load_checkpoint, load_weights, map_tensors, save_checkpoint
+from .training import ArrayBatches, History, TrainConfig, batch_seed, fit, load_checkpoint, load_weights, map_tensors, packaged, save_checkpoint
 
 # %% ../nbs/20_s2hand.ipynb #502fdca5
 @dataclass(frozen=True)
@@ -730,13 +729,13 @@ def save(path: str | Path, model: S2Hand, meta: dict | None = None, dtype: torch
     "Write a network with all that `load` needs."
     save_checkpoint(path, model, {"system": "s2hand", "config": asdict(model.config), **(meta or {})}, dtype)
 
-# %% ../nbs/20_s2hand.ipynb #11e90378
+# %% ../nbs/20_s2hand.ipynb #328ab96d
 _NOT_IN_OLDER_FILES = {f.name: f.default for f in fields(S2HandConfig) if f.name.startswith(("branch_", "n_points", "w_points", "w_2d", "w_cons"))}
 
 
 def load(source: str | Path = "s2hand", hand: HandModel | None = None) -> S2Hand:
     "A trained network: \"s2hand\" is the one that travels with the package, else a checkpoint file. On the proxy hand unless `hand` is given."
-    path = Path(str(files("handrecon"))) / "assets/s2hand.safetensors" if str(source) == "s2hand" else Path(source)
+    path = packaged("s2hand") if str(source) == "s2hand" else Path(source)
     weights, meta = load_checkpoint(path, "s2hand")
     written = meta.get("config", {})
     written = _NOT_IN_OLDER_FILES | written
@@ -746,6 +745,14 @@ def load(source: str | Path = "s2hand", hand: HandModel | None = None) -> S2Hand
     model = S2Hand(replace(config, weights=""), hand or proxy_hand(n_pca=config.n_pca, flat_hand_mean=False))
     load_weights(model, weights, path)
     return model.eval()
+
+# %% ../nbs/20_s2hand.ipynb #84591b71
+def lend_backbone(backbone: Backbone) -> None:
+    "Copy the packaged S²HAND network's backbone into another system's. Raises ValueError where it is of another kind."
+    path, prefix = packaged("s2hand"), "encoder.backbone."
+    weights = load_checkpoint(path, "s2hand").weights
+    load_weights(backbone, {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}, path)
+    backbone.weights_source = "the packaged S²HAND network"
 
 # %% ../nbs/20_s2hand.ipynb #8f9f4d88
 DETECTION_TOLERANCE = 0.02  # σ₀ of `sigma_confidence`, as a share of the crop's width

@@ -8,10 +8,9 @@ __all__ = ['MOTIONS', 'FAR', 'RECIPES', 'DATASETS', 'HELD_OUT_SEED', 'WILD_SEED'
            'real_films', 'load_training_films', 's2hand_file', 'read_start', 'new_network', 'self_supervised',
            'VideoPrediction', 'predict', 'consistency', 'score', 'truth_as_prediction', 'film_strip', 'save', 'load']
 
-# %% ../nbs/21_s2hand_video.ipynb #a0464096
+# %% ../nbs/21_s2hand_video.ipynb #abdc6b69
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +29,7 @@ from .render import render
 from .s2hand import S2Hand, S2HandConfig, S2HandOutput, Prediction, move_camera
 from .sequences import WORLDS, SequenceConfig, continuous_clips, make_sequences
 from .temporal import canonical_normals, detour, hand_quaternions, lit_texture, quaternion_loss, smooth_loss, temporal_loss, texture_shape_loss
-from .training import TrainConfig, batch_seed, load_checkpoint, load_weights, map_tensors, save_checkpoint
+from .training import TrainConfig, batch_seed, load_checkpoint, load_weights, map_tensors, packaged, save_checkpoint
 
 # %% ../nbs/21_s2hand_video.ipynb #34124ec1
 MOTIONS = ("quaternion", "temporal", "smooth", "none")
@@ -283,10 +282,10 @@ def load_training_films(dataset: str, data_root: str | Path, recipe: Recipe, see
     if recipe.extra and recipe.video.camera != "orthographic": raise ValueError("extra videos have no intrinsics: use video.camera=orthographic (§4.5.3)")
     return films
 
-# %% ../nbs/21_s2hand_video.ipynb #d75584d3
+# %% ../nbs/21_s2hand_video.ipynb #af95ff7e
 def s2hand_file(start: str) -> Path:
     "The file of first weights: \"s2hand\" is the network that travels with the package."
-    return Path(str(files("handrecon"))) / "assets/s2hand.safetensors" if start == "s2hand" else Path(start)
+    return packaged("s2hand") if start == "s2hand" else Path(start)
 
 # %% ../nbs/21_s2hand_video.ipynb #92c22e54
 _BUILD = ("backbone", "image_size", "n_pca", "texture", "rotation", "root_rotation", "z_bias", "scale_bias", "canonical_focal", "n_points")   # what weights were made for

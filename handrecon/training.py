@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Row', 'STATE_FILE', 'LOG_FILE', 'world_size', 'TrainConfig', 'learning_rate', 'Batches', 'batch_seed', 'map_tensors',
-           'ArrayBatches', 'save_checkpoint', 'Checkpoint', 'load_checkpoint', 'load_weights', 'History',
+           'ArrayBatches', 'save_checkpoint', 'packaged', 'Checkpoint', 'load_checkpoint', 'load_weights', 'History',
            'read_history', 'TrainingDiverged', 'Objective', 'fit']
 
-# %% ../nbs/16_training.ipynb #e587fcb3
+# %% ../nbs/16_training.ipynb #990ceeac
 import csv
 import json
 import math
@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -230,6 +231,11 @@ def save_checkpoint(
         small = value.to(dtype) if value.is_floating_point() else value
         weights[name] = small if small.isfinite().all() else value
     _write_tensors(path, weights, meta)
+
+# %% ../nbs/16_training.ipynb #6c2e2b32
+def packaged(name: str) -> Path:
+    "Where the trained network of that name lies in this package; it need not be there."
+    return Path(str(files("handrecon"))) / "assets" / f"{name}.safetensors"
 
 # %% ../nbs/16_training.ipynb #fccd0837
 class Checkpoint(NamedTuple):
