@@ -195,7 +195,7 @@ def test_training_lowers_the_loss_and_comes_back_from_a_file(tmp_path, scenes):
     again = load(tmp_path / "net.safetensors")
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in network.state_dict().items()) and again.config == TINY
     assert load_checkpoint(tmp_path / "net.safetensors").meta["note"] == "x"
-    with pytest.raises(ValueError, match="multihand"): load(str(M.files("handrecon") / "assets/s2hand.safetensors"))
+    with pytest.raises(ValueError, match="multihand"): load(M.packaged("s2hand"))
 
 
 def test_recipes_can_be_written_down_and_paper_says_what_the_paper_says():
