@@ -8,7 +8,7 @@ __all__ = ['MOTIONS', 'FAR', 'RECIPES', 'DATASETS', 'HELD_OUT_SEED', 'WILD_SEED'
            'real_films', 'load_training_films', 's2hand_file', 'read_start', 'new_network', 'self_supervised',
            'VideoPrediction', 'predict', 'consistency', 'score', 'truth_as_prediction', 'film_strip', 'save', 'load']
 
-# %% ../nbs/21_s2hand_video.ipynb #abdc6b69
+# %% ../nbs/21_s2hand_video.ipynb #75390457
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch import Tensor
 from . import s2hand
 from .claims import Claim, Run, all_of, close, ordering, ratio_at_most
 from .conventions import Observation, Truth
-from .metrics import acceleration, acceleration_error, mpjpe, pa_mpjpe, sequence_deviation
+from .metrics import acceleration, acceleration_error, sequence_deviation
 from .networks import Appearance, HandCode
 from .proxy_hand import proxy_hand
 from .render import render

@@ -6,13 +6,13 @@
 __all__ = ['WORLDS', 'SequenceConfig', 'schedule', 'progress', 'smooth_in_time', 'Motion', 'sample_motion', 'View', 'film',
            'Sequences', 'make_sequences', 'continuous_clips']
 
-# %% ../nbs/13c_sequences.ipynb #463d3310
-from dataclasses import dataclass, field, replace
+# %% ../nbs/13c_sequences.ipynb #99edfdf3
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from .camera import crop_intrinsics, project

@@ -6,7 +6,7 @@ import torch
 
 from handrecon import s2hand
 from handrecon.claims import expected_config
-from handrecon.conventions import Observation, Truth
+from handrecon.conventions import Observation
 from handrecon.proxy_hand import proxy_hand
 from handrecon.runs import resolve
 from handrecon.s2hand_video import (
@@ -60,7 +60,7 @@ def test_sampler_takes_frames_of_one_clip_in_order(n, interval):
 def test_one_camera_a_sequence(made):
     films, truth, _ = made
     batches = FilmBatches([films], 3, VideoConfig(), 0, turn=3.0, zoom=0.2, shift=0.1)
-    batch, rows = batches.batch_at(5), [r for _, frames in sorted(batches.rows_at(5)) for r in frames]
+    batch = batches.batch_at(5)
     assert batch.image.shape == (9, 3, 64, 64)
     for s in range(3):
         own = slice(3 * s, 3 * s + 3)

@@ -6,7 +6,7 @@ import torch
 
 from handrecon.camera import project
 from handrecon.conventions import joint_limits
-from handrecon.rotation import axis_angle_to_matrix, matrix_to_quaternion, quaternion_angle
+from handrecon.rotation import quaternion_angle
 from handrecon.sequences import (
     WORLDS, SequenceConfig, continuous_clips, make_sequences, progress, sample_motion, schedule, smooth_in_time)
 from handrecon.temporal import detour, hand_quaternions
