@@ -116,7 +116,7 @@ class HandMesh(NamedTuple):
     vertices: Float[Tensor, "B V 3"]    # metres
     joints: Float[Tensor, "B 21 3"]     # metres
 
-# %% ../nbs/02_mano.ipynb #b8d4aa32
+# %% ../nbs/02_mano.ipynb #92f3a437
 class HandModel(nn.Module):
     """MANO's function from parameters to a mesh, for any arrays with MANO's names.
 
@@ -200,15 +200,15 @@ class HandModel(nn.Module):
         translation: Float[Tensor, "B 3"] | None = None,        # metres
         scale: Float[Tensor, "B"] | None = None,                # about the origin, before the translation
     ) -> HandMesh:
-        "scale · M(shape, pose) + translation; by compiled kernels (`handrecon.fast_hand`) where they can, else by `plain`."
+        "scale · M(shape, pose) + translation; by compiled kernels (`handrecon.fast_hand.kernels_for`) where they can, else by `plain`."
         shape = pose.new_zeros(pose.shape[0], self.n_shape) if shape is None else shape
         rotation = pose.new_zeros(pose.shape[0], 3) if rotation is None else rotation
         if shape.shape != (pose.shape[0], self.n_shape):
             raise ValueError(f"shape: expected shape {(len(pose), self.n_shape)}, found {tuple(shape.shape)}")
-        if self.fast and self.v_template.is_cpu:
-            from handrecon.fast_hand import fast_hand, suits
-            if suits(self, pose, shape, rotation, translation, scale):
-                return HandMesh(*fast_hand(self, self.full_pose(pose), shape, rotation, translation, scale))
+        if self.fast:
+            from handrecon.fast_hand import kernels_for
+            kernels = kernels_for(self, pose, shape, rotation, translation, scale)
+            if kernels: return HandMesh(*kernels(self, self.full_pose(pose), shape, rotation, translation, scale))
         return self.plain(pose, shape, rotation, translation, scale)
 
     def plain(

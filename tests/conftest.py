@@ -5,7 +5,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: two t
 
 from jaxtyping import install_import_hook  # noqa: E402
 
-UNCHECKED = {"raster", "contour", "fused", "fast_hand", "cli", "_modidx"}  # compiled kernels, and signatures that typer reads
+UNCHECKED = {"raster", "contour", "fused", "fast_hand", "cuda_hand", "cli", "_modidx"}  # compiled kernels, and signatures that typer reads
 
 
 def _modules():
