@@ -6,7 +6,7 @@
 __all__ = ['interpolate', 'face_normals', 'vertex_normals', 'Light', 'light_from_vector', 'shade', 'silhouette', 'Rendering',
            'render']
 
-# %% ../nbs/06_render.ipynb #1a217aa7
+# %% ../nbs/06_render.ipynb #fd3e61b4
 from typing import NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .contour import antialias
 from .fused import FusedRender
-from .raster import NEAR, Fragments, check_mesh
+from .raster import NEAR, Fragments, check_mesh, drawn_in_place
 
 # %% ../nbs/06_render.ipynb #fed166a4
 def interpolate(
@@ -65,12 +65,13 @@ class Light(NamedTuple):
     directional_color: Float[Tensor, "B 3"]
     direction: Float[Tensor, "B 3"]     # any length; normalised where it is used
 
-# %% ../nbs/06_render.ipynb #f38ddf95
+# %% ../nbs/06_render.ipynb #bc53b730
 def light_from_vector(
     vector: Float[Tensor, "B 11"],  # ambient, its colour (3), directional, its colour (3), direction (3)
 ) -> Light:
     "The eleven numbers a network predicts, by name."
-    return Light(vector[:, 0], vector[:, 1:4], vector[:, 4], vector[:, 5:8], vector[:, 8:11])
+    ambient, ambient_color, directional, directional_color, direction = vector.split((1, 3, 1, 3, 3), 1)     # one step back, not five
+    return Light(ambient[:, 0], ambient_color, directional[:, 0], directional_color, direction)
 
 # %% ../nbs/06_render.ipynb #8a17107d
 def shade(
@@ -103,7 +104,17 @@ class Rendering(NamedTuple):
     depth: Float[Tensor, "B H W"]         # z at pixel centres, metres; 0 where nothing is seen
     fragments: Fragments
 
-# %% ../nbs/06_render.ipynb #af16c306
+# %% ../nbs/06_render.ipynb #f25eba92
+def _render_in_place(vertices, faces, K, image_size, texture, light, background, cull_back_faces, near) -> Rendering:
+    "`render` without a copy to the processor."
+    from handrecon.cuda_raster import paint_cuda
+    normals = face_normals if texture.shape[1] == len(faces) else vertex_normals
+    lit = texture if light is None else shade(texture, normals(vertices, faces), light)
+    fragments, painted = paint_cuda(vertices, faces, K, tuple(image_size), lit, background, cull_back_faces, near)
+    mixed = antialias(painted, fragments, vertices, faces, K, near)
+    return Rendering(mixed[:, :3], mixed[:, 3], fragments.depth, fragments)
+
+# %% ../nbs/06_render.ipynb #8739497f
 def render(
     vertices: Float[Tensor, "B V 3"],                     # camera axes, metres
     faces: Int[Tensor, "F 3"],                            # vertex indices, counter-clockwise seen from outside
@@ -119,6 +130,7 @@ def render(
     check_mesh(vertices, faces, K)
     if texture.shape[1] not in (len(faces), vertices.shape[1]):
         raise ValueError(f"texture must have a row for each of {vertices.shape[1]} vertices or {len(faces)} faces, found {texture.shape[1]}")
+    if drawn_in_place(vertices): return _render_in_place(vertices, faces, K, image_size, texture, light, background, cull_back_faces, near)
     lamp = vertices.new_empty(0, 11) if light is None else torch.cat([part.reshape(len(vertices), -1) for part in light], 1)
     behind = vertices.new_empty(0, 3, 0, 0) if background is None else background
     image, alpha, depth, index, barycentric = FusedRender.apply(

@@ -2,9 +2,9 @@
 import pytest
 import torch
 
-from handrecon.contour import antialias, edges_of, soft_silhouette
+from handrecon.contour import antialias, edges_of, find_contour, soft_silhouette
 from handrecon.proxy_hand import proxy_hand
-from handrecon.raster import rasterize
+from handrecon.raster import project_vertices, rasterize, strips_of
 from handrecon.render import (Light, face_normals, interpolate, light_from_vector, render, shade, silhouette, vertex_normals)
 
 
@@ -55,6 +55,36 @@ def test_fused_equals_its_parts(per_face):
         results.append((outputs, torch.autograd.grad(loss, leaves)))
     for a, b in zip(results[0][0], results[1][0]): torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
     for a, b in zip(results[0][1], results[1][1]): torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9 * b.abs().max().item())
+
+
+def test_one_job_equals_strips():
+    vertices, faces, K = hand_scene(256)
+    texture, light, background = appearance(vertices, faces, 256, False)
+    leaves, threads, results = [t.requires_grad_() for t in (vertices, texture, background, *light)], torch.get_num_threads(), []
+    try:
+        for n, strips in ((1, 1), (2, 2), (5, 2)):
+            torch.set_num_threads(n)
+            assert strips_of(1, (256, 256)) == strips
+            drawn = render(leaves[0], faces, K, (256, 256), leaves[1], Light(*leaves[3:]), leaves[2])
+            results.append((drawn.image, drawn.silhouette, drawn.depth, *torch.autograd.grad((drawn.image.square().sum() + drawn.silhouette.sum()), leaves)))
+    finally: torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other[:3], results[0][:3]))
+        for a, b in zip(other[3:], results[0][3:]): torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11 * b.abs().max().item())
+
+
+def test_contours_longer_than_their_memory():
+    g, size = torch.Generator().manual_seed(4), 20
+    centre = torch.tensor([0, 0, 1.0]) + (torch.rand(2, 900, 1, 3, generator=g) - 0.5) * torch.tensor([0.9, 0.9, 0.5])
+    vertices = (centre + 0.12 * (torch.rand(2, 900, 3, 3, generator=g) - 0.5)).flatten(1, 2).double()
+    vertices[1, 30:, 2] = -1                                    # behind the camera: the second contour is short
+    faces, K = torch.arange(2700).view(-1, 3), torch.tensor([[[20.0, 0, 10], [0, 20, 10], [0, 0, 1]]]).double().repeat(2, 1, 1)
+    texture, light, background = appearance(vertices, faces, size, False)
+    drawn = render(vertices, faces, K, (size, size), texture, light, background)
+    screen = project_vertices(vertices.numpy(), K.numpy(), 1e-3)
+    counts = find_contour(screen, faces.numpy(), drawn.fragments.face_index.numpy(), drawn.depth.numpy()).counts
+    assert counts[0, 0] > 6 * 2 * size > counts[1, 0]           # what is set aside for a picture at first
+    for a, b in zip((drawn.image, drawn.silhouette), plain(vertices, faces, K, size, texture, light, background)): torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("outputs", [("image",), ("silhouette",), ("depth",), ("image", "depth")])
