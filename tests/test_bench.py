@@ -43,6 +43,14 @@ def test_hand_layers_compute_the_same(peers):
     assert all((r["ratio"] is None) == (len(layers) == 2) and r["forward_ms"] > 0 for r in rows)
 
 
+def test_a_gpu_is_asked_for_larger_batches(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(bench, "bench_mano", lambda batches, peers, device: asked.update({device: batches}) or [])
+    commands = [bench.bench("mano", True, device)["command"] for device in ("cpu", "cuda", "cuda:1")]
+    assert asked["cpu"] == (1, 32, 64, 256) and {64, 1024} <= set(asked["cuda"]) and asked["cuda:1"] == asked["cuda"]
+    assert commands[1] == "handrecon bench mano --peers --device cuda"
+
+
 def test_growth_and_finer_faces():
     vertices, faces, *_ = render_scene(32, 2)
     finer, more = bench.split_faces(vertices, faces)
