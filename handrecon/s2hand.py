@@ -10,7 +10,7 @@ __all__ = ['RECIPES', 'REAL', 'HELD_OUT_SEED', 'DATASETS', 'DETECTION_TOLERANCE'
            'look', 'keypoint_distances', 'photometric_error', 'plain_appearance', 'side_view', 'report_grid',
            'failure_causes', 'failure_table', 'wrist_error', 'failure_gallery', 'save', 'load', 'lend_backbone',
            'detect', 'with_branch', 'FitConfig', 'HandFit', 'reprojection_error', 'detection_box', 'joints_only',
-           'similarity_2d', 'Start', 'viewpoint_starts', 'start_from', 'pose_prior', 'fit_to_detections']
+           'similarity_2d', 'Start', 'viewpoint_starts', 'start_from', 'pose_prior', 'fit_to_detections', 'agree']
 
 # %% ../nbs/20_s2hand.ipynb #fcd781f4
 import os
@@ -754,17 +754,21 @@ def lend_backbone(backbone: Backbone) -> None:
     load_weights(backbone, {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}, path)
     backbone.weights_source = "the packaged S²HAND network"
 
-# %% ../nbs/20_s2hand.ipynb #8f9f4d88
+# %% ../nbs/20_s2hand.ipynb #d013ec93
 DETECTION_TOLERANCE = 0.02  # σ₀ of `sigma_confidence`, as a share of the crop's width
 
 
 def detect(
-    model: S2Hand,                       # with a 2D branch
-    image: Float[Tensor, "B 3 H W"],     # crops with one right hand each
-) -> tuple[Float[Tensor, "B 21 2"], Float[Tensor, "B 21"]]:   # pixels; confidence
-    "Key points of single-hand crops by the network's own 2D branch."
-    found = look(model, image)
-    return found.xy, sigma_confidence(found.sigma, DETECTION_TOLERANCE * image.shape[-1])
+    model: S2Hand,
+    image: Float[Tensor, "B 3 H W"],     # crops with one upright right hand each
+) -> tuple[Float[Tensor, "B 21 2"], Float[Tensor, "B 21"]] | None:   # pixels; confidence
+    "Key points by the network itself: its 2D branch, else the points at which it reads its features; None where it has neither."
+    if model.branch is not None:
+        found = look(model, image)
+        return found.xy, sigma_confidence(found.sigma, DETECTION_TOLERANCE * image.shape[-1])
+    with torch.no_grad(): points = model.eval().encoder(image)[0].points
+    if points is None: return None
+    return points * image.shape[-1], torch.ones_like(points[..., 0])
 
 # %% ../nbs/20_s2hand.ipynb #54328063
 def with_branch(model: S2Hand, branch: KeypointBranch, config: S2HandConfig) -> S2Hand:
@@ -775,7 +779,7 @@ def with_branch(model: S2Hand, branch: KeypointBranch, config: S2HandConfig) -> 
     load_weights(both, weights, "2D branch")
     return both.eval()
 
-# %% ../nbs/20_s2hand.ipynb #f96f3849
+# %% ../nbs/20_s2hand.ipynb #9767c36b
 @dataclass(frozen=True)
 class FitConfig:
     "How parameters are fitted to the detections of a picture."
@@ -788,6 +792,7 @@ class FitConfig:
     w_theta: float = 0.0005   # pull towards plausible poses, per squared standard deviation: what the picture does not say
     w_beta: float = 0.002     # pull towards the mean shape, per squared standard deviation
     w_touch: float = 100.0    # fingers inside one another, per square metre
+    w_network: float = 0.05   # pull towards the pose that a network answered, per squared standard deviation; only `agree` has it
     objective: S2HandConfig = S2HandConfig(bone_length=0.0)
 
 # %% ../nbs/20_s2hand.ipynb #1348dc1f
@@ -910,20 +915,22 @@ def _capsules(device: torch.device) -> dict:
     "The fingers' thickness, as `self_penetration` wants it."
     return {name: array.to(device) for name, array in proxy_hand_arrays().items()}
 
-# %% ../nbs/20_s2hand.ipynb #b310ce08
-def _unlikely(pose: Float[Tensor, "B 45"], shape: Float[Tensor, "B 10"], config: FitConfig) -> Float[Tensor, "B"]:
-    "What is held against a hand before looking at the picture: its pose, its shape, fingers inside one another."
+# %% ../nbs/20_s2hand.ipynb #2917c52a
+def _unlikely(pose: Float[Tensor, "B 45"], shape: Float[Tensor, "B 10"], config: FitConfig, answer: Float[Tensor, "B 45"] | None = None) -> Float[Tensor, "B"]:
+    "What is held against a hand before looking at the picture: its pose, its shape, fingers inside one another, and leaving a network's answer."
     mean, whiten = pose_prior(pose.device)
     depth = self_penetration(pose, _capsules(pose.device))
-    return config.w_theta * ((pose - mean) @ whiten).pow(2).mean(1) + config.w_beta * shape.pow(2).mean(1) + config.w_touch * depth.pow(2)
+    left = 0 if answer is None else config.w_network * ((pose - answer) @ whiten).pow(2).mean(1)
+    return config.w_theta * ((pose - mean) @ whiten).pow(2).mean(1) + config.w_beta * shape.pow(2).mean(1) + config.w_touch * depth.pow(2) + left
 
-# %% ../nbs/20_s2hand.ipynb #59bba27d
+# %% ../nbs/20_s2hand.ipynb #8009e7f7
 def _descend(
     observation: Observation,
     hand: HandModel,
     start: Start,  # one for each picture: B pose, shape, ...
     config: FitConfig,
     steps: int,
+    answer: Float[Tensor, "B 45"] | None = None,   # of a network
 ) -> Start:
     "Adam on the losses of the paper; the pose is put back inside the joint limits after every step."
     low, high = (x.flatten().to(start.pose) for x in joint_limits().unbind(-1))
@@ -945,7 +952,7 @@ def _descend(
         energy = (
             o.w_geo * joint_location_loss(keypoints * unit, observation.keypoints * unit, observation.confidence)
             + o.w_geo * o.w_ori * bone_orientation_loss(keypoints * unit, observation.keypoints * unit, observation.confidence)
-            + _unlikely(pose, shape, config).mean())
+            + _unlikely(pose, shape, config, answer).mean())
         optimizer.zero_grad()
         (energy * len(pose)).backward()   # hands do not see each other: the sum is every hand's own problem
         optimizer.step()
@@ -961,7 +968,19 @@ def _misfit(observation: Observation, hand: HandModel, x: Start, config: FitConf
     mean = (distance * observation.confidence).sum(1) / observation.confidence.sum(1)
     return mean / detection_box(observation.keypoints, observation.confidence) + _unlikely(x.pose, x.shape, config)
 
-# %% ../nbs/20_s2hand.ipynb #2745291d
+# %% ../nbs/20_s2hand.ipynb #79e5a202
+def _as_fit(observation: Observation, hand: HandModel, skeleton: HandModel, begin: Start, chosen: Start) -> HandFit:
+    "The whole hand at the end of a fit, and the errors before and after."
+    error = lambda x: reprojection_error(project(_placed(skeleton, x).joints, observation.K), observation.keypoints, observation.confidence)
+    pose, shape, rotation, translation = chosen
+    wrist = skeleton(pose, shape).joints[:, 0]
+    full = HandModel({name: getattr(hand, name).cpu() for name in hand.ARRAYS}, hand.side, fingertips=hand.fingertips).to(pose.device)
+    mesh = _placed(full, chosen)
+    return HandFit(mesh, project(mesh.joints, observation.K), pose, shape, matrix_to_axis_angle(rotation),
+                   translation + (rotation @ wrist[..., None])[..., 0] - wrist,   # MANO turns about the wrist
+                   error(begin), error(chosen))
+
+# %% ../nbs/20_s2hand.ipynb #6feb9f19
 def fit_to_detections(
     observation: Observation,              # the picture itself is not looked at
     hand: HandModel,                       # a right hand
@@ -984,15 +1003,19 @@ def fit_to_detections(
         best = _misfit(many, skeleton, found, config).unflatten(0, (B, S)).topk(min(kept, S), largest=False).indices
         pick = lambda x: x.unflatten(0, (B, S)).gather(1, best.view(B, -1, *[1] * (x.ndim - 1)).expand(-1, -1, *x.shape[1:]))
         starts = Start(*(pick(x) for x in found))
-    error = lambda x: reprojection_error(project(_placed(skeleton, x).joints, observation.K), observation.keypoints, observation.confidence)
-    begin = Start(*(x[:, 0] for x in first))
-    pose, shape, rotation, translation = chosen = Start(*(x[:, 0] for x in starts))
-    wrist = skeleton(pose, shape).joints[:, 0]
-    full = HandModel({name: getattr(hand, name).cpu() for name in hand.ARRAYS}, hand.side, fingertips=hand.fingertips).to(pose.device)
-    mesh = _placed(full, chosen)
-    return HandFit(mesh, project(mesh.joints, observation.K), pose, shape, matrix_to_axis_angle(rotation),
-                   translation + (rotation @ wrist[..., None])[..., 0] - wrist,   # MANO turns about the wrist
-                   error(begin), error(chosen))
+    return _as_fit(observation, hand, skeleton, *(Start(*(x[:, 0] for x in s)) for s in (first, starts)))
+
+# %% ../nbs/20_s2hand.ipynb #a7994ed2
+def agree(
+    observation: Observation,          # with joints that the network itself saw
+    hand: HandModel,                   # a right hand
+    init: S2HandOutput,                # the network's answer for the same pictures and cameras
+    config: FitConfig = FitConfig(),
+) -> HandFit:
+    "Bring a network's hand and the joints it saw together: begin at the hand, and leave its pose only where the joints insist."
+    skeleton = joints_only(hand)
+    with torch.no_grad(): begin = Start(*(x[:, 0].detach() for x in start_from(init, skeleton)))
+    return _as_fit(observation, hand, skeleton, begin, _descend(observation, skeleton, begin, config, config.steps // 2, begin.pose))
 
 # %% ../nbs/20_s2hand.ipynb #730dec5b
 def _without(**weights: float) -> dict[str, float]:
