@@ -266,10 +266,10 @@ def only_once(message: str) -> Callable:
         return guarded
     return decorate
 
-# %% ../nbs/05_raster.ipynb #da25c2f5
+# %% ../nbs/05_raster.ipynb #2d2dcdf9
 def host(tensor: Tensor) -> np.ndarray:
     "The tensor's memory as a contiguous NumPy array (copied only from another device or layout)."
-    return tensor.detach().cpu().contiguous().numpy()
+    return np.asarray(tensor.numpy(force=True), order="C")      # force: detach, and copy from another device
 
 # %% ../nbs/05_raster.ipynb #2ca8f913
 def strips_of(
