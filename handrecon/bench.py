@@ -142,8 +142,11 @@ def render_scene(
     texture = torch.rand(batch, model.n_vertices, 3, generator=torch.Generator().manual_seed(0))
     return vertices, model.faces, K, texture, light
 
-# %% ../nbs/32_bench.ipynb #dc8f0c86
-def render_tasks(peers: bool = False) -> dict[str, Callable]:
+# %% ../nbs/32_bench.ipynb #c54f1317
+def render_tasks(
+    peers: bool = False,
+    memory: bool = False,       # also the traffic that no renderer can do without
+) -> dict[str, Callable]:
     "name -> function(size, leaves, faces, K) -> differentiable outputs"
     def hard(size, leaves, faces, K):
         return rasterize(leaves[0], faces, K, (size, size))[1:]
@@ -152,7 +155,10 @@ def render_tasks(peers: bool = False) -> dict[str, Callable]:
         return drawn.image, drawn.silhouette
     def soft(size, leaves, faces, K):
         return *whole(size, leaves, faces, K), soft_silhouette(leaves[0], faces, K, (size, size), 0.25)
+    def once(size, leaves, faces, K):
+        return (leaves[0][:, :1, :1, None].expand(-1, 4, size, size).clone(),)
     tasks = {"rasterize": hard, "render": whole, "render + soft silhouette": soft}
+    if memory: tasks["four channels written once, gradients read once"] = once
     if peers and importable("pytorch3d._C"): tasks["pytorch3d rasterize"] = _pytorch3d_rasterize
     return tasks
 
@@ -167,7 +173,7 @@ def _pytorch3d_rasterize(size, leaves, faces, K):
     _, depth, barycentric, _ = rasterize_meshes(Meshes(ndc, faces.expand(len(v), -1, -1)), size, perspective_correct=True)
     return depth, barycentric
 
-# %% ../nbs/32_bench.ipynb #8979869f
+# %% ../nbs/32_bench.ipynb #17b8518b
 PEER_PIXELS = 2**16     # in a batch
 
 
@@ -176,14 +182,18 @@ def bench_render(
     batches: tuple[int, ...] = (1, 16, 64),
     peers: bool = False,                     # time PyTorch3D too, if it is installed
     budget: float = 0.5,                     # seconds for each number
+    device: str = "cpu",
 ) -> list[dict]:
-    "Rows of name, batch, size, forward_ms, forward_backward_ms (both for the whole batch), per_image_ms, ratio (PyTorch3D's time over ours, or None)."
+    """Rows of name, batch, size, forward_ms, forward_backward_ms (both for the whole batch), per_image_ms, ratio (PyTorch3D's time over ours, or None);
+    on a graphics card also per_second, pictures drawn and differentiated."""
     rows = []
     for size in sizes:
         for batch in batches:
-            times = _drawing_times(size, *render_scene(size, batch), render_tasks(peers and size * size * batch <= PEER_PIXELS), budget)
+            scene, small = [t.to(device) for t in render_scene(size, batch)], size * size * batch <= PEER_PIXELS
+            times = _drawing_times(size, *scene, render_tasks(peers and (small or device != "cpu"), device != "cpu"), budget)
             theirs = next((both for name, (_, both) in times.items() if name.startswith("pytorch3d")), None)
-            rows += [dict(name=name, batch=batch, size=size, forward_ms=forward, forward_backward_ms=both, per_image_ms=both / batch, ratio=theirs and theirs / both)
+            rows += [dict(name=name, batch=batch, size=size, forward_ms=forward, forward_backward_ms=both, per_image_ms=both / batch, ratio=theirs and theirs / both,
+                          **({} if device == "cpu" else dict(per_second=1e3 * batch / both)))
                      for name, (forward, both) in times.items()]
     return rows
 
@@ -212,12 +222,13 @@ def split_faces(
     corners = [torch.stack(t, 1) for t in ((a, ab, ca), (ab, b, bc), (ca, bc, c), (ab, bc, ca))]
     return torch.cat([vertices, vertices[:, ends].mean(2)], 1), torch.cat(corners)
 
-# %% ../nbs/32_bench.ipynb #d6141f65
+# %% ../nbs/32_bench.ipynb #8e9e6652
 def bench_growth(
     sizes: tuple[int, ...] = (32, 64, 128, 224, 448),
     cuts: tuple[int, ...] = (0, 1, 2),
     hands: tuple[int, ...] = (1, 2, 4),
     budget: float = 0.3,
+    device: str = "cpu",
 ) -> list[dict]:
     "Rows of vary ('pixels a side', 'faces' or 'hands'), value, forward_ms, forward_backward_ms of `render` for one picture."
     task = {"render": render_tasks()["render"]}
@@ -227,14 +238,14 @@ def bench_growth(
         forward, both = _drawing_times(size, vertices, faces, K, texture, light, task, budget)["render"]
         rows.append(dict(name="render", vary=vary, value=value, forward_ms=forward, forward_backward_ms=both))
     for size in sizes:
-        vertices, faces, K, _, light = render_scene(size, 1)
+        vertices, faces, K, _, light = (t.to(device) for t in render_scene(size, 1))
         measure("pixels a side", size, size, vertices, faces, K, light)
-    vertices, faces, K, _, light = render_scene(224, 1)
+    vertices, faces, K, _, light = (t.to(device) for t in render_scene(224, 1))
     fine = [(vertices, faces)]
     for _ in range(max(cuts)): fine.append(split_faces(*fine[-1]))
     for n in cuts: measure("faces", len(fine[n][1]), 224, *fine[n], K, light)
     for n in hands:
-        places = torch.tensor([[0.06 * (i - (n - 1) / 2), 0, 0.1 * i] for i in range(n)])
+        places = torch.tensor([[0.06 * (i - (n - 1) / 2), 0, 0.1 * i] for i in range(n)], device=device)
         several = torch.cat([vertices + p for p in places], 1)
         measure("hands", n, 224, several, torch.cat([faces + i * vertices.shape[1] for i in range(n)]), K, light)
     return rows
@@ -359,22 +370,26 @@ def machine() -> dict:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(), "torch": torch.__version__, "numba": numba.__version__, "numpy": np.__version__, **versions}
 
-# %% ../nbs/32_bench.ipynb #6f6c3565
+# %% ../nbs/32_bench.ipynb #a7eebfeb
 PARTS = ("mano", "render", "data", "step", "infer")
 
 
 def bench(
     part: str,                      # one of PARTS
     peers: bool = False,            # other libraries too, where they are installed
-    device: str = "cpu",            # of mano and step
+    device: str = "cpu",            # of mano, render and step
     root: Path | None = None,       # of data: FreiHAND's folder; None: a small synthetic one
 ) -> dict:                          # date, command, machine, rows
-    "Measure one part. Raises ValueError for an unknown one."
+    "Measure one part. Raises ValueError for an unknown one, or a device that is not there."
     if part not in PARTS:
         raise ValueError(f"bench expects {', '.join(PARTS[:-1])} or {PARTS[-1]}, found {part!r}")
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"bench expects a device of this machine, found {device!r} although PyTorch sees no CUDA device")
     started = machine()
     if part == "mano": rows = bench_mano(HAND_BATCHES.get(torch.device(device).type, HAND_BATCHES["cpu"]), peers, device=device)
-    elif part == "render": rows = bench_render(peers=peers) + bench_growth()
+    elif part == "render":
+        batches = (1, 16, 64) if device == "cpu" else (16, 64, 256)
+        rows = bench_render(batches=batches, peers=peers, device=device) + bench_growth(device=device)
     elif part == "step": rows = bench_step(device=device)
     elif part == "infer": rows = bench_infer(compiler=peers)
     else:
@@ -447,13 +462,14 @@ def _plot(record: dict[str, dict], folder: Path) -> list[str]:
     figure.savefig(folder / "performance.png")
     return ["performance.png"]
 
-# %% ../nbs/32_bench.ipynb #2d5ec23f
+# %% ../nbs/32_bench.ipynb #ee00d758
 _TITLES = {
     "mano": ("The hand layer", "45 angles, ten shape numbers and a rotation to 778 vertices and 21 joints, float32. The last column compares forward plus backward. Our layer skips products with zeros; the row without zeros shows what that is worth. "
              "On CUDA, where Triton is installed, the layer has kernels of its own: six launches forwards and backwards. They are proved in Triton's interpreter and compile, and have never yet run on a GPU; "
              "`handrecon bench mano --peers --device cuda` measures them."),
     "render": ("The renderer", "1,538 faces that cover about a third of the picture; `render` is rasterisation, interpolation, light and anti-aliasing with gradients to vertices, colours and light. "
-               "The last column compares with PyTorch3D's rasteriser alone, up to 65,536 pixels in a batch. Tensors on a GPU are drawn by the same kernels on the CPU and copied: there are no CUDA kernels."),
+               "The last column compares with PyTorch3D's rasteriser alone, up to 65,536 pixels in a batch. "
+               "Tensors on a graphics card are drawn there by Triton kernels; `handrecon bench render --device cuda` measures them. They agree with the CPU's in Triton's interpreter and compile for an H100, but have never run on a card: no number of theirs is known."),
     "data": ("Data", "FreiHAND-sized pictures: decode, crop, augment."),
     "step": ("One training step of S²HAND", "Forward and backward of each part; the whole batch is rendered."),
     "infer": ("One picture", "Picture to mesh and key points, batch 1, no gradient, the paper's network; the difference is relative to PyTorch's eager result."),

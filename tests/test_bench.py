@@ -17,6 +17,19 @@ def test_rows():
     assert all(0 < r["forward_ms"] and 0 < r["forward_backward_ms"] == r["per_image_ms"] * r["batch"] and r["ratio"] is None for r in rows)
 
 
+def test_a_device_that_is_not_there_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="expects a device of this machine, found 'cuda' although PyTorch sees no CUDA device"):
+        bench.bench("render", device="cuda")
+
+
+def test_rows_of_another_device_say_pictures_a_second_and_what_memory_allows():
+    rows = bench_render(sizes=(32,), batches=(2,), budget=0.0, device="cpu:0")     # any name but "cpu" is treated as a graphics card
+    assert {"render", "four channels written once, gradients read once"} <= {row["name"] for row in rows}
+    assert all(row["per_second"] == pytest.approx(2e3 / row["forward_backward_ms"]) for row in rows)
+    assert "pictures a second" in bench.table(rows)[0]
+
+
 def test_scene_and_timer():
     vertices, faces, K, _, _ = render_scene(48, 2)
     assert 0.25 < (rasterize(vertices, faces, K, (48, 48)).face_index >= 0).float().mean() < 0.5
@@ -45,6 +58,8 @@ def test_hand_layers_compute_the_same(peers):
 
 def test_a_gpu_is_asked_for_larger_batches(monkeypatch):
     asked = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
     monkeypatch.setattr(bench, "bench_mano", lambda batches, peers, device: asked.update({device: batches}) or [])
     commands = [bench.bench("mano", True, device)["command"] for device in ("cpu", "cuda", "cuda:1")]
     assert asked["cpu"] == (1, 32, 64, 256) and {64, 1024} <= set(asked["cuda"]) and asked["cuda:1"] == asked["cuda"]
