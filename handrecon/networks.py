@@ -42,13 +42,15 @@ BACKBONES = {
     "small": BackboneSpec("resnet", _SMALL, 1, None),
 }
 
-# %% ../nbs/11_networks.ipynb #932b5546
+# %% ../nbs/11_networks.ipynb #2c57c220
 def _library_model(spec: BackboneSpec) -> nn.Module:
     "The bare network with random weights (from PyTorch's global generator)."
     from transformers import EfficientNetConfig, EfficientNetModel, ResNetConfig, ResNetModel  # slow import: only when needed
     if spec.family == "resnet":
         return ResNetModel(ResNetConfig(**spec.geometry))
-    return EfficientNetModel(EfficientNetConfig(**spec.geometry, drop_connect_rate=0.0))
+    model = EfficientNetModel(EfficientNetConfig(**spec.geometry, drop_connect_rate=0.0))
+    model.pooler = nn.AdaptiveAvgPool2d(1)      # the same mean: the library's window of 1280² is cut to the map by torch, but not by torch.compile
+    return model
 
 # %% ../nbs/11_networks.ipynb #6e7df68f
 class Backbone(nn.Module):

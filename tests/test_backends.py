@@ -110,6 +110,20 @@ def test_manopth_bends_the_same_hand(side, options):
     for a, b in zip(theirs(call["pose"]), model(call["pose"])): assert (a - b).abs().max() < 3e-6
 
 
+@pytest.mark.parametrize("options", [{}, {"n_pca": 9, "flat_hand_mean": False}])
+def test_manotorch_bends_the_same_hand(options):
+    pytest.importorskip("manotorch", reason="manotorch is not installed")
+    before = set(sys.modules)
+    model, g = HandModel(fabricate(), **options), torch.Generator().manual_seed(0)
+    theirs = backends.manotorch_layer(model)
+    assert not any(name.startswith("mano.") for name in set(sys.modules) - before)
+    pose, shape, rotation = torch.randn(4, model.n_pose, generator=g) * 0.4, torch.randn(4, 10, generator=g), torch.randn(4, 3, generator=g)
+    found, expected = theirs(torch.cat([rotation, pose], 1), shape), model(pose, shape, rotation)
+    assert (found.verts - expected.vertices).abs().max() < 3e-6
+    bones = model.order < len(model.parents)                    # its fingertips are other vertices
+    assert (found.joints - expected.joints)[:, bones].abs().max() < 3e-6
+
+
 @pytest.fixture(scope="module")
 def network():
     from handrecon.s2hand import S2Hand, S2HandConfig
@@ -162,8 +176,8 @@ def test_onnx_gives_the_same(network, tmp_path, unchecked):
 
 def test_a_missing_engine_and_an_unknown_one_are_sentences(monkeypatch):
     vertices, faces, K, texture, _ = scene(1)
-    for name in ("pytorch3d", "pytorch3d.renderer.mesh", "manopth", "onnxscript", "onnxruntime"): monkeypatch.setitem(sys.modules, name, None)
-    for name in ("pytorch3d", "manopth", "onnx", "onnxruntime"):
+    for name in ("pytorch3d", "pytorch3d.renderer.mesh", "manopth", "manotorch", "onnxscript", "onnxruntime"): monkeypatch.setitem(sys.modules, name, None)
+    for name in ("pytorch3d", "manopth", "manotorch", "onnx", "onnxruntime"):
         with pytest.raises(ImportError, match=f"{name} cannot be used here.*(INSTALL|pip install)"): backends.engine(name)
     with pytest.raises(ImportError, match="pytorch3d cannot be used here"):
         backends.render(vertices, faces, K, (64, 64), texture, backend="pytorch3d")
