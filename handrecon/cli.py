@@ -102,11 +102,25 @@ def _reconstruct_pair(inputs: list[Path], out: Path, checkpoint: Path | None, bo
     typer.echo(f"{inputs[0].name} + {inputs[1].name}: a right hand {record['depth']:.3f} m away; hand model fitted to {1000 * record['fit_error']:.1f} mm")
     typer.echo(f"Results: {out}")
 
-# %% ../nbs/31_cli.ipynb #4a3c50a2
+# %% ../nbs/31_cli.ipynb #a0548e39
+def _reconstruct_found(inputs: list[Path], out: Path, finder, fit: bool) -> None:
+    "Hands wherever they are."
+    from handrecon.every_hand import reconstruct_every_hand
+    for summary in reconstruct_every_hand(inputs, out, finder, finder.name, fit=fit):
+        typer.echo(str(summary) + ("" if summary.hands else ": nothing in it looks like a hand (--min-score lowers the bar)"))
+
+
+def _reconstruct_given(inputs: list[Path], out: Path, checkpoint: Path | None, detections: Path | None, side: str, focal: float | None, box: list[float] | None, fit: bool, adapt: int) -> None:
+    "Hands whose places are given."
+    from handrecon.reconstruct import load_network, reconstruct as run
+    network, label = load_network(checkpoint, needed=detections is None or not fit or adapt > 0)
+    for summary in run(inputs, out, network, detections, side, focal, box, fit, checkpoint=label, adapt=adapt): typer.echo(str(summary))
+
+# %% ../nbs/31_cli.ipynb #7ac406c8
 @app.command()
 @guarded
 def reconstruct(
-    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT", help="Pictures, videos, or folders of them.")],
+    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT", help="Pictures, videos, folders of them, or camera:0.")],
     out: Annotated[Path, typer.Option(help="Folder for the results.")],
     checkpoint: Annotated[Path | None, typer.Option(help="Network to start from; default: the one that was shipped, if any.")] = None,
     detections: Annotated[Path | None, typer.Option(help="2D joints: OpenPose JSON, a folder of it, or S2HAND's file.")] = None,
@@ -116,9 +130,10 @@ def reconstruct(
     fit: Annotated[bool, typer.Option(help="Move the result onto the detections.")] = True,
     adapt: Annotated[int, typer.Option(metavar="STEPS", min=0, help="First fine-tune the network on each video's own detections.")] = 0,
     stereo: Annotated[str | None, typer.Option(metavar="F,CX,CY,B", help="LEFT RIGHT of a rectified rig: pixels, and its baseline in metres; with --box, the hand in the left one.")] = None,
-    min_score: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Of a hand that is found in a photo; default: the network's.")] = None,
-    max_hands: Annotated[int, typer.Option(min=1, help="Most hands to find in a photo.")] = 10,
+    min_score: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Of a hand that is found; default: the network's.")] = None,
+    max_hands: Annotated[int, typer.Option(min=1, help="Most hands to find in a picture.")] = 10,
     refine: Annotated[str | None, typer.Option(metavar="s2hand", help="Show each hand that was found to this network.")] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Of a camera; default: until Ctrl-C, which ends the film and keeps it.")] = None,
 ) -> None:
     """Reconstruct hands from photos and videos.
 
@@ -127,17 +142,12 @@ def reconstruct(
     corners = None if box is None else _numbers(box, "--box", 4)
     if stereo is not None:
         return _reconstruct_pair(inputs, out, checkpoint, corners, _numbers(stereo, "--stereo", 4))
-    from handrecon.every_hand import choose_finder, reconstruct_every_hand
-    finder = choose_finder(inputs, detections, corners, side, checkpoint, adapt, min_score, max_hands, focal, refine)
-    if finder is not None:
-        for summary in reconstruct_every_hand(inputs, out, finder, finder.name):
-            typer.echo(str(summary) + ("" if summary.hands else ": nothing in it looks like a hand (--min-score lowers the bar)"))
-        typer.echo(f"Results: {out}")
-        return
-    from handrecon.reconstruct import load_network, reconstruct as run
-    network, label = load_network(checkpoint, needed=detections is None or not fit or adapt > 0)
-    for summary in run(inputs, out, network, detections, side, focal, corners, fit, checkpoint=label, adapt=adapt):
-        typer.echo(str(summary))
+    from handrecon.every_hand import choose_finder
+    from handrecon.reconstruct import filmed
+    finder = choose_finder(detections, corners, side, checkpoint, adapt, min_score, max_hands, focal, refine)
+    with filmed(inputs, out, frames, detections) as sources:
+        if finder is not None: _reconstruct_found(sources, out, finder, fit)
+        else: _reconstruct_given(sources, out, checkpoint, detections, side, focal, corners, fit, adapt)
     typer.echo(f"Results: {out}")
 
 # %% ../nbs/31_cli.ipynb #0394c253
@@ -191,13 +201,13 @@ def check_data(
     if report.problems:
         raise _end("\n".join(f"handrecon: {problem}" for problem in report.problems), 2)
 
-# %% ../nbs/31_cli.ipynb #07ba74b1
+# %% ../nbs/31_cli.ipynb #dbe603c2
 @app.command()
 @guarded
 def bench(
     what: Annotated[str, typer.Argument(metavar="[WHAT]", help="mano (the hand layer), render, data, step (of training) or infer (one picture); default: all.")] = "all",
     peers: Annotated[bool, typer.Option("--peers", help="Other libraries too, where they are installed; for infer also torch.compile.")] = False,
-    device: Annotated[str, typer.Option(help="mano and step: cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="mano, render and step: cpu or cuda.")] = "cpu",
     root: Annotated[Path | None, typer.Option(metavar="DIR", help="data: FreiHAND's folder; default: a small synthetic one.")] = None,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Keep the numbers in this record; other parts in it stay.")] = None,
     page: Annotated[Path | None, typer.Option(metavar="FILE", help="With --json: write the record as a Markdown page with plots.")] = None,

@@ -8,7 +8,7 @@ __all__ = ['BLOCK', 'LARGEST', 'Track', 'link_tracks', 'stretches', 'steady', 'H
            'fit_stretches', 'track_films', 'Adaptation', 'clip_report', 'adapt', 'Clip', 'write_animation',
            'read_animation', 'plot_track', 'VideoResult', 'solve_video', 'finish_video']
 
-# %% ../nbs/18b_video.ipynb #04ad6b9e
+# %% ../nbs/18b_video.ipynb #7d1edb88
 import hashlib
 import json
 import os
@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from .camera import project
@@ -46,11 +46,12 @@ class Track(NamedTuple):
     frames: list[int]
     places: list[int]   # number of the hand among those of its frame
 
-# %% ../nbs/18b_video.ipynb #a3d0dc7e
+# %% ../nbs/18b_video.ipynb #2439ea39
 def link_tracks(
     hands: list[list[Hand2D]],   # of every frame
     patience: int = 12,          # frames that a hand may be gone
     reach: float = 0.6,          # of the box's side
+    other_side: float = 0.3,     # by which a hand said to be of the other side counts as farther away; it is within reach all the same
 ) -> list[Track]:
     "Hands that are one, in the order of their first frame."
     tracks: list[list[tuple[int, int, Hand2D]]] = []
@@ -58,10 +59,11 @@ def link_tracks(
         alive = [t for t in tracks if frame - t[-1][0] <= patience]
         centre = lambda h: (h.box[:2] + h.box[2:]) / 2
         side = lambda h: float(h.box[2] - h.box[0])
-        pairs = sorted((float((centre(h) - centre(t[-1][2])).norm()) / max(side(h), side(t[-1][2])), k, i) for k, h in enumerate(here) for i, t in enumerate(alive))
+        apart = lambda h, last: float((centre(h) - centre(last)).norm()) / max(side(h), side(last))
+        pairs = [(apart(h, t[-1][2]), k, i) for k, h in enumerate(here) for i, t in enumerate(alive)]
         taken, used = set(), set()
-        for distance, k, i in pairs:
-            if distance <= reach and k not in taken and i not in used:
+        for _, k, i in sorted((d + other_side * (here[k].side != alive[i][-1][2].side), k, i) for d, k, i in pairs if d <= reach):
+            if k not in taken and i not in used:
                 alive[i].append((frame, k, here[k]))
                 taken.add(k), used.add(i)
         tracks += [[(frame, k, h)] for k, h in enumerate(here) if k not in taken]
@@ -200,12 +202,13 @@ def share_shape(found: Hands, model: HandModel) -> Hands:
         values["shape"][rows], values["scale"][rows] = new, size
     return found._replace(values=values)
 
-# %% ../nbs/18b_video.ipynb #cc0a8c7d
+# %% ../nbs/18b_video.ipynb #ec94a6ee
 @dataclass(frozen=True)
 class SmoothFit:
     "How a stretch of video is fitted."
-    every: int = 4             # frames between key frames
-    window: int = 96           # frames that are fitted together ...
+    every: int = 8             # frames between key frames
+    batch: int = 64            # key frames that are fitted at once: most of a step's time is the same for 64 as for 16
+    window: int = 384          # frames that are fitted together ...
     overlap: int = 16          # ... and shared with the next window
     steps: int = 250           # Adam steps of a window
     lr: float = 0.02
@@ -301,7 +304,7 @@ def mend(keys: Placed, seen: Observation, at: Float[Tensor, "K"], hand: HandMode
     for v, new in zip(out, again): v[odd.nonzero().flatten()[better]] = new[better]
     return Placed(*out)
 
-# %% ../nbs/18b_video.ipynb #1339681c
+# %% ../nbs/18b_video.ipynb #b2b4a81a
 def fit_stretches(
     seen: Observation,                  # T detected frames of one track, as a right hand's crops; images are not looked at
     pieces: list[tuple[int, int]],      # stretches without a gap
@@ -318,8 +321,8 @@ def fit_stretches(
     part = lambda rows: Observation(*(getattr(seen, f)[rows] for f in Observation.__dataclass_fields__))
     keys = torch.tensor(sorted({r for a, b in pieces for r in [*range(a, b, smooth.every), b - 1]}))
     found = []
-    for first in range(0, len(keys), 16):
-        rows = keys[first:first + 16]
+    for first in range(0, len(keys), smooth.batch):
+        rows = keys[first:first + smooth.batch]
         init = None if inits is None else _as_output(Placed(*(v[rows] for v in inits)), hand)
         made = keep(f"{name}-keys-{first:06d}", lambda: _alone(part(rows), model, init, fit))
         found.append(Placed(*(torch.from_numpy(made[f]) for f in Placed._fields)))
@@ -400,7 +403,7 @@ def track_films(source: Source, hands: list[list[Hand2D]], tracks: list[Track], 
         parts.append(seen)
     return Films(stack(parts), clips)
 
-# %% ../nbs/18b_video.ipynb #ce42919b
+# %% ../nbs/18b_video.ipynb #2be9e74d
 class Adaptation(NamedTuple):
     "A network fine-tuned on a clip, and the clip's numbers before and after."
     network: S2Hand
@@ -408,7 +411,7 @@ class Adaptation(NamedTuple):
     after: dict[str, float]
 
     def __str__(self) -> str:
-        unit = {"ACC": "mm", "2D error": "px of the crop", "shape S.D.": "", "texture S.D.": "", "quaternion loss": "rad"}
+        unit = {"ACC": "mm", "2D error": "px of the crop", "2D error of the box": "%", "shape S.D.": "", "texture S.D.": "", "quaternion loss": "rad"}
         return ", ".join(f"{k} {self.before[k]:.4g} -> {self.after[k]:.4g} {u}".rstrip() for k, u in unit.items())
 
 
@@ -417,7 +420,8 @@ def clip_report(network, films) -> dict[str, float]:
     from handrecon.s2hand_video import consistency, predict
     said = predict(network, films)
     seen = films.at(range(len(films)))
-    return consistency(said, films.clips) | {"2D error": float(reprojection_error(said.keypoints, seen.keypoints, seen.confidence).nanmedian())}
+    error = reprojection_error(said.keypoints, seen.keypoints, seen.confidence)
+    return consistency(said, films.clips) | {"2D error": float(error.nanmedian()), "2D error of the box": float(100 * (error / detection_box(seen.keypoints, seen.confidence)).nanmedian())}
 
 # %% ../nbs/18b_video.ipynb #d426de6f
 def adapt(network: S2Hand, films, steps: int, seed: int = 0, lr: float = 1e-4, progress: bool = True) -> Adaptation:
@@ -632,9 +636,9 @@ class VideoResult:
                                  None if h.xy is None else float(detection_box(h.xy[None], h.confidence[None]))))
         return list(out.values())
 
-# %% ../nbs/18b_video.ipynb #6139b3b3
-def _fit_tracks(found: Hands, hands, tracks, model: HandModel, K, network: S2Hand | None, fit: FitConfig, smooth: SmoothFit, keep: Keep, progress) -> Hands:
-    "Every track by `fit_stretches`; errors in pixels of the video."
+# %% ../nbs/18b_video.ipynb #57aaacfb
+def _fit_tracks(found: Hands, hands, tracks, model: HandModel, K, fit: FitConfig, smooth: SmoothFit, keep: Keep, progress) -> Hands:
+    "Every track by `fit_stretches`, from the values where there are any; errors in pixels of the video."
     values = {k: v.copy() for k, v in found.values.items()}
     skeleton, size = joints_only(axis_angle_hand(model)), 224
     for n, track in enumerate(tracks):
@@ -642,7 +646,7 @@ def _fit_tracks(found: Hands, hands, tracks, model: HandModel, K, network: S2Han
         own = [hands[f][k] for f, k in zip(track.frames, track.places)]
         seen = stack([crop_observation(None, K, h, size, False) for h in own])
         inits = None
-        if network is not None:
+        if not np.isnan(found.values["pose"][rows]).any():
             v = {k: torch.from_numpy(found.values[k][rows]) for k in ("pose", "shape", "rotation", "translation", "scale")}
             R, wrist = axis_angle_to_matrix(v["rotation"]), skeleton(torch.zeros_like(v["pose"]), v["shape"]).joints[:, 0]
             inits = Placed(v["pose"], v["shape"], R, (v["scale"] * wrist + v["translation"]) / v["scale"] - (R @ wrist[..., None])[..., 0])
@@ -657,7 +661,20 @@ def _fit_tracks(found: Hands, hands, tracks, model: HandModel, K, network: S2Han
         values["after"][rows, 0] = error.numpy()
     return found._replace(values=values)
 
-# %% ../nbs/18b_video.ipynb #28ded50b
+# %% ../nbs/18b_video.ipynb #5b6be723
+def _of_one_side(found: Hands, said: list[list[Hand2D]], tracks: list[Track]) -> Hands:
+    "Answers for the wrong side are mirrored hands: the nearest frame of the track that was of its side stands in for them."
+    values = {k: v.copy() for k, v in found.values.items()}
+    for n, track in enumerate(tracks):
+        rows = np.flatnonzero(found.track == n)
+        right = np.array([said[f][k].side == track.side for f, k in zip(track.frames, track.places)])
+        frames = np.asarray(track.frames)
+        for i in np.flatnonzero(~right):
+            stands_in = rows[right][np.abs(frames[right] - frames[i]).argmin()]
+            for v in values.values(): v[rows[i]] = v[stands_in]
+    return found._replace(values=values)
+
+# %% ../nbs/18b_video.ipynb #a7fdb854
 def solve_video(
     source: Source,
     hands: list[list[Hand2D]],              # of every frame
@@ -670,12 +687,15 @@ def solve_video(
     adapt_steps: int = 0,
     options: Sequence = (),                 # what else the result depends on, for resuming
     progress: bool = True,
+    known: dict[str, np.ndarray] | None = None,   # somebody's answers instead of a network's: values of all hands as _ROWS says, in the frames' order
+    keep: Keep | None = None,               # where pieces are kept; None: a folder of its own
 ) -> VideoResult:
     "Everything but drawing: tracks, adaptation, the network's answers, one shape, the smooth fit."
     from tqdm import tqdm
-    keep = Keep(state_folder(source, [fit, focal, config, smooth, adapt_steps, *options]))
+    keep = keep or Keep(state_folder(source, [fit, focal, config, smooth, adapt_steps, *options]))
     tracks = link_tracks(hands)
-    hands, K = steady(hands, tracks), guess_intrinsics(source.height, source.width, focal)
+    said, K = hands, guess_intrinsics(source.height, source.width, focal)
+    hands = steady(hands, tracks)
     detected = any(h.xy is not None for here in hands for h in here)
     adaptation = None
     if adapt_steps and network is not None and tracks:
@@ -684,10 +704,11 @@ def solve_video(
     quiet = None if progress else True
     with tqdm(total=source.frames, unit="frame", desc=f"{source.name}: network", disable=quiet if network is not None else True) as bar:
         found = guess_video(source, hands, tracks, network, focal, keep, bar.update)
-    if network is not None and len(found.frame): found = share_shape(found, model)
+    if known is not None: found = _of_one_side(found._replace(values=found.values | known), said, tracks)
+    if (network is not None or known is not None) and len(found.frame): found = share_shape(found, model)
     if fit and detected and len(found.frame):
         with tqdm(total=100, unit="%", desc=f"{source.name}: fit", disable=quiet, bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}") as bar:
-            found = _fit_tracks(found, hands, tracks, model, K, network, config, smooth, keep, lambda s: bar.update(100 * s))
+            found = _fit_tracks(found, hands, tracks, model, K, config, smooth, keep, lambda s: bar.update(100 * s))
     return VideoResult(hands, tracks, found, K, adaptation, keep)
 
 # %% ../nbs/18b_video.ipynb #c27d5d8e

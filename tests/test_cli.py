@@ -74,6 +74,8 @@ def test_reconstruct_refuses_in_one_sentence(photo, tmp_path):
     save_checkpoint(other, nn.Linear(2, 2), {"system": "binocular"})
     (tmp_path / "broken.safetensors").write_bytes(b"\xff" * 100)
     assert "no such file" in fails("reconstruct", tmp_path / "absent.png", *det, *out)
+    assert "camera:97: no such camera" in fails("reconstruct", "camera:97", *out)
+    assert "--frames" in fails("reconstruct", photo, "--frames", "3", *out)
     assert "--box" in fails("reconstruct", photo, "--box", "1,2,three,4", *out)
     assert "--box" in fails("reconstruct", photo, "--box", "1,2,nan,4", *out)
     assert "side" in fails("reconstruct", photo, "--side", "middle", *det, *out)

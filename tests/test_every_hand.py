@@ -2,15 +2,18 @@
 import json
 from dataclasses import replace
 
+import cv2
 import numpy as np
 import pytest
 import torch
 
 from handrecon import every_hand
+from handrecon.camera import project
 from handrecon.every_hand import Finder, as_hand_3d, choose_finder, draw_found, reconstruct_every_hand
 from handrecon.multihand import RECIPES, FoundHand, MultiHand, save
 from handrecon.proxy_hand import proxy_hand, sample_poses
-from handrecon.reconstruct import InputError
+from handrecon.reconstruct import InputError, guess_intrinsics
+from handrecon.video import read_animation
 from handrecon.viz import save_picture
 
 K = torch.tensor([[200.0, 0, 64], [0, 200, 48], [0, 0, 1]])
@@ -55,13 +58,84 @@ def test_nothing_is_drawn_where_nothing_was_found(model):
     assert (draw_found(picture, [], Finder(model)) == picture).all()
 
 
-def test_who_looks(model, photo, tmp_path, monkeypatch):
+class Scripted(Finder):
+    "Finds the flat hands of a script, which frame's number is the grey of the picture; counts its looks."
+
+    def __call__(self, source, picture):
+        frame = round(float(picture.mean()) / 8)
+        if frame in self.killed: raise KeyboardInterrupt
+        self.looks.append(frame)
+        lens, out = guess_intrinsics(source.height, source.width), []
+        for side, place in self.script(frame):
+            mesh = proxy_hand(side)(torch.zeros(1, 45), None, None, torch.tensor([place]))
+            out.append(as_hand_3d(FoundHand(0.9, side, 1.0, torch.zeros(4), project(mesh.joints, lens[None])[0], mesh.joints[0], mesh.vertices[0], torch.zeros(45), torch.zeros(10), torch.zeros(3)), lens, self.model))
+        return out
+
+
+def scripted(model, script, killed=()):
+    finder = Scripted(model)
+    for name, value in {"script": script, "killed": set(killed), "looks": []}.items(): object.__setattr__(finder, name, value)
+    return finder
+
+
+@pytest.fixture
+def film(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    writer = cv2.VideoWriter(str(tmp_path / "film.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 10, (160, 120))
+    for t in range(24): writer.write(np.full((120, 160, 3), 8 * t, np.uint8))
+    writer.release()
+    return tmp_path / "film.mp4"
+
+
+def crossing(t):
+    "Two hands that pass one another; the left one is gone for a while, a flash is there once, and in frame 5 the right one is said to be left."
+    yield ("left" if t == 5 else "right"), [-0.12 + 0.011 * t, 0.0, 0.5]
+    if not 8 <= t < 13: yield "left", [0.12 - 0.011 * t, 0.0, 0.7]
+    if t == 3: yield "right", [0.0, -0.15, 0.9]
+
+
+@pytest.mark.parametrize("fit", [False, True])
+def test_two_hands_over_time(model, film, tmp_path, fit):
+    summary, = reconstruct_every_hand([film], tmp_path / "out", scripted(model, crossing), progress=False, fit=fit)
+    written = json.loads((tmp_path / "out/hands.json").read_text())
+    seen = {side: [h["frame"] for h in written["hands"] if h["side"] == side] for side in ("right", "left")}
+    assert seen == {"right": list(range(24)), "left": [t for t in range(24) if not 8 <= t < 13]} and summary.after is None
+    meshes = written["sources"][0]["meshes"]
+    assert [(m["mesh"], m["side"], m["frames"]) for m in meshes] == [(0, "right", 24), (1, "left", 19)]
+    stored = np.load(tmp_path / "out/film.npz")["vertices"]
+    for t in (0, 5, 10, 20):
+        moving = read_animation(tmp_path / "out/film.glb", t)
+        here = {h["side"]: stored[h["vertices_row"]] for h in written["hands"] if h["frame"] == t}
+        for m, side in zip(moving, ("right", "left")):
+            if side in here: assert np.abs(m * [1, -1, -1] - here[side]).max() < 3e-5
+            else: assert np.ptp(m, axis=0).max() < 1e-6
+    for t in (4, 10, 20):
+        across = {h["side"]: h["translation"][0] for h in written["hands"] if h["frame"] == t}
+        assert abs(across["right"] - (-0.12 + 0.011 * t)) < 0.02             # each hand stays itself where they cross
+
+
+def test_a_film_without_hands(model, film, tmp_path):
+    summary, = reconstruct_every_hand([film], tmp_path / "out", scripted(model, lambda t: [("right", [0.0, 0.0, 0.6])] if t == 7 else []), progress=False)
+    assert (summary.hands, summary.frames_with_hand) == (0, 0) and json.loads((tmp_path / "out/hands.json").read_text())["hands"] == []
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"hands.json", "film.overlay.mp4"}
+
+
+def test_a_killed_search_goes_on(model, film, tmp_path, monkeypatch):
+    monkeypatch.setattr(every_hand, "BLOCK", 8)
+    with pytest.raises(KeyboardInterrupt): reconstruct_every_hand([film], tmp_path / "out", scripted(model, crossing, killed=[19]), progress=False, fit=False)
+    assert not (tmp_path / "out").exists()
+    again = scripted(model, crossing)
+    summary, = reconstruct_every_hand([film], tmp_path / "out", again, progress=False, fit=False)
+    assert again.looks == list(range(16, 24)) and summary.frames_with_hand == 24
+
+
+def test_who_looks(model, tmp_path, monkeypatch):
     save(tmp_path / "net.safetensors", model)
-    chosen = choose_finder([photo], checkpoint=tmp_path / "net.safetensors", min_score=0.4, max_hands=3)
+    chosen = choose_finder(checkpoint=tmp_path / "net.safetensors", min_score=0.4, max_hands=3)
     assert (chosen.min_score, chosen.max_hands, chosen.name) == (0.4, 3, "net") and chosen.model.config == model.config
     for given in (dict(detections="x"), dict(box=[1, 2, 3, 4]), dict(side="left"), dict(adapt=5)):
-        assert choose_finder([photo], checkpoint=tmp_path / "net.safetensors", **given) is None
+        assert choose_finder(checkpoint=tmp_path / "net.safetensors", **given) is None
     monkeypatch.setattr(every_hand, "SHIPPED", tmp_path / "absent.safetensors")
-    assert choose_finder([photo]) is None
-    with pytest.raises(InputError, match="refine"): choose_finder([photo], refine="mediapipe")
-    with pytest.raises(InputError, match="min-score"): choose_finder([photo], side="left", min_score=0.5)
+    assert choose_finder() is None
+    with pytest.raises(InputError, match="refine"): choose_finder(refine="mediapipe")
+    with pytest.raises(InputError, match="min-score"): choose_finder(side="left", min_score=0.5)

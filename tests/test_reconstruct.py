@@ -293,3 +293,71 @@ def test_the_network_s_own_2d_branch_feeds_the_fit(monkeypatch, side):
     assert hand.score == 1 and (hand.keypoints - truth).norm(dim=-1).median() < 4 and hand.error_after < hand.error_before
     (guess,) = reconstruct_hands([picture], [K], [Hand2D(torch.tensor([0.0, 0.0, 128.0, 128.0]), side)], network, fit=False)
     assert guess.error_after is None and guess.detected_size is None                     # --no-fit: the network's answer as it is
+
+
+# ---- a camera
+
+class Camera:
+    "Pictures that get lighter; after `last` of them it ends, or somebody presses Ctrl-C."
+
+    def __init__(self, last=20, ends=True, there=True):
+        self.last, self.ends, self.there, self.shown, self.released = last, ends, there, 0, False
+
+    def isOpened(self): return self.there
+    def release(self): self.released = True
+
+    def read(self):
+        if self.shown == self.last:
+            if self.ends: return False, None
+            raise KeyboardInterrupt
+        self.shown += 1
+        return True, np.full((HEIGHT, WIDTH, 3), 8 * self.shown, np.uint8)
+
+
+@pytest.mark.parametrize("last, ends, frames, taken", [(20, True, None, 20), (20, False, None, 20), (20, False, 7, 7), (3, False, 7, 3), (1, True, None, 1)])
+def test_a_film_ends_by_number_by_itself_or_by_ctrl_c(tmp_path, last, ends, frames, taken):
+    camera, tick = Camera(last, ends), iter(range(1000))
+    assert R.take_film(camera, tmp_path / "camera0.mp4", frames, clock=lambda: next(tick) / 12) == taken and camera.released
+    source, = R.find_sources([tmp_path / "camera0.mp4"])
+    assert source.frames == taken and (taken == 1 or abs(source.fps - 12) < 0.01)
+    grey = [float(x.mean()) for x in R.read_frames(source)]
+    assert np.abs(np.array(grey) - 8 * np.arange(1, taken + 1)).max() < 6
+
+
+def test_a_camera_s_film_joins_the_results(tmp_path, monkeypatch, network):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(R, "open_camera", lambda number: Camera(6))
+    with R.filmed(["camera:1"], tmp_path / "out", 4) as sources:
+        summary, = R.reconstruct(sources, tmp_path / "out", network, box=(0, 0, 64, 64), progress=False)
+    assert summary.source.frames == 4 and {"camera1.mp4", "camera1.overlay.mp4", "hands.json"} <= {p.name for p in (tmp_path / "out").iterdir()}
+    assert json.loads((tmp_path / "out/hands.json").read_text())["sources"][0]["file"] == "camera1.mp4"
+
+
+@pytest.mark.parametrize("inputs, options, words", [
+    (["camera:0"], {}, "opened, but no picture"), (["camera:"], {}, "camera's number"), (["camera:x"], {}, "camera's number"), (["camera:97"], {"real": True}, "camera:97: no such camera"),
+    (["camera:0", "a.mp4"], {}, "alone"), (["camera:0"], {"detections": "det"}, "no detections"), (["a.mp4"], {"frames": 3}, "--frames is for a camera")])
+def test_camera_mistakes(tmp_path, monkeypatch, inputs, options, words, capfd):
+    if not options.pop("real", False): monkeypatch.setattr(R, "open_camera", lambda number: Camera(0))
+    with pytest.raises(R.InputError, match=words):
+        with R.filmed(inputs, tmp_path / "out", **options): raise AssertionError("should not begin")
+    assert not (tmp_path / "out").exists() and capfd.readouterr().err == ""
+
+
+def test_nearer_hands_hide_farther_ones(tmp_path, network):
+    "Whatever their order in the list."
+    found = []
+    for z, side in ((0.4, "right"), (0.6, "left")):
+        mesh = proxy_hand()(torch.zeros(1, 45), None, None, torch.tensor([[0.0, 0.0, z]]))
+        v, j = mesh.vertices[0], mesh.joints[0]
+        flip = torch.tensor([-1.0 if side == "left" else 1.0, 1, 1])
+        K = R.guess_intrinsics(HEIGHT, WIDTH)
+        found.append(R.Hand3D(side, K, torch.tensor([0.0, 0, 64, 64]), 1.0, v * flip, j * flip, torch.full((21, 2), -50.0), torch.zeros(45), torch.zeros(10), torch.zeros(3), torch.tensor([0, 0, z]), 1.0, None, None, None))
+    path = picture(tmp_path / "a.png")
+    source, = R.find_sources([path or tmp_path / "a.png"])
+    (tmp_path / "w").mkdir()
+    writer, blank = R.SourceWriter(source, tmp_path / "w", proxy_hand()), np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    one, other, near = writer._drawn(blank, found), writer._drawn(blank, found[::-1]), writer._drawn(blank, found[:1])
+    assert (one == other).all() and (one != near).any()
+    inside = near.min(-1) > 60                                  # the nearer hand's inner pixels are as if it were alone
+    assert inside.sum() > 50 and np.abs(one[inside].astype(int) - near[inside]).mean() < 1
+    writer.close()

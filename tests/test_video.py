@@ -15,7 +15,7 @@ from handrecon.keypoints import Detections, write_openpose
 from handrecon.mano import HandModel, mirror_arrays
 from handrecon.proxy_hand import posture, proxy_hand
 from handrecon.rotation import quaternion_angle
-from handrecon.s2hand import FitConfig, S2Hand, joints_only, load
+from handrecon.s2hand import FitConfig, joints_only, load
 from handrecon.sequences import SequenceConfig, make_sequences
 from handrecon.viz import to_picture
 
@@ -70,6 +70,27 @@ def test_a_hand_that_is_long_gone_is_another():
     assert [len(t.frames) for t in V.link_tracks(frames)] == [3, 4]
     assert [len(t.frames) for t in V.link_tracks(frames, patience=30)] == [7]
     assert V.stretches([0, 1, 2, 5, 6, 9]) == [(0, 3), (3, 5), (5, 6)] and V.stretches([]) == []
+
+
+@pytest.mark.parametrize("cost, met", [(0.3, False), (0.0, True)])
+def test_sides_tell_hands_apart_that_cross(cost, met):
+    "Each jumps over the other between two frames: by distance alone they turn back."
+    tracks = V.link_tracks([[hand(46.0 + 12 * t), hand(160.0 - 12 * t, side="left")] for t in range(11)], other_side=cost)
+    assert len(tracks) == 2 and all((len(set(t.places)) == 2) == met for t in tracks)
+
+
+def test_answers_for_the_wrong_side_are_not_used():
+    frames = [[hand(50.0 + t, side="left" if t == 3 else "right")] for t in range(6)]
+    tracks = V.link_tracks(frames)
+    values = {"pose": np.arange(6.0)[:, None]}
+    found = V._of_one_side(V.Hands(np.arange(6), np.zeros(6, int), values, {}), frames, tracks)
+    assert tracks[0].side == "right" and found.values["pose"][:, 0].tolist() == [0, 1, 2, 2, 4, 5] and values["pose"][3] == 3
+
+
+def test_what_a_fit_keeps_of_a_frame_is_small():
+    "A thousand frames' pictures would be memory that grows with the film."
+    seen = R.crop_observation(None, torch.eye(3), hand(50.0), 224, False)
+    assert sum(getattr(seen, f).nbytes for f in seen.__dataclass_fields__) < 1000
 
 
 def test_steady_boxes_do_not_tremble():
