@@ -422,10 +422,11 @@ def drawn(rows: list[dict[str, Any]]) -> dict[str, list[str]]:
     both = {row["id"]: [label for label in row["ours"] if number(row["paper"].get(label)) and number(row["ours"][label]["mean"])] for row in rows}
     return {name: labels for name, labels in both.items() if labels}
 
-# %% ../nbs/34_claims.ipynb #b9cddc85
+# %% ../nbs/34_claims.ipynb #aee55879
 def forest_plot(rows: list[dict[str, Any]]):
     "A matplotlib figure: ours / paper for every quantity that has both, a line for each claim, coloured by verdict."
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
     labels = drawn(rows)
     shown = [row for row in rows if row["id"] in labels]
     figure = Figure(figsize=(6.4, 1.0 + 0.24 * len(shown)), layout="constrained")
@@ -436,7 +437,9 @@ def forest_plot(rows: list[dict[str, Any]]):
             axis.errorbar(ours["mean"] / paper, y, xerr=(ours["spread"] or 0) / paper, fmt="o", ms=4, color=COLORS[row["verdict"]], capsize=2)
     axis.axvline(1, color="0.6", lw=1)
     axis.set(yticks=range(len(shown)), yticklabels=[row["id"] for row in shown], xlabel="ours / paper", xscale="log", ylim=(len(shown) - 0.5, -0.5))
-    for which in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter): which(lambda x, _: f"{x:g}")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    axis.xaxis.set_minor_formatter(NullFormatter())
     for word in WORDS[:3]: axis.plot([], [], "o", color=COLORS[word], label=word)
     axis.legend(fontsize=7, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
     return figure

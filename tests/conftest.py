@@ -4,6 +4,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: two test workers share two cores
 os.environ.setdefault("TRITON_INTERPRET", "1")  # where Triton is installed, kernels for graphics cards run in NumPy
 
+from hypothesis import settings  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 UNCHECKED = {"raster", "contour", "fused", "cuda_raster", "fast_hand", "cuda_hand", "cli", "_modidx"}  # compiled kernels, and signatures that typer reads
@@ -16,3 +17,5 @@ def _modules():
 
 
 install_import_hook(_modules(), "beartype.beartype")
+settings.register_profile("patient", deadline=None)  # how long an example takes depends on what else the machine does
+settings.load_profile("patient")

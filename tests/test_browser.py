@@ -24,12 +24,12 @@ if not os.environ.get("HANDRECON_BROWSER"):
         pytest.skip("no Chromium: `make test-browser` installs it", allow_module_level=True)
     pytest.importorskip("playwright")
     pytest.importorskip("voila")
+from playwright.sync_api import TimeoutError, sync_playwright  # noqa: E402, A004
 
 FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
-PATIENCE = 180_000  # milliseconds; two cores may be busy with something else
+PATIENCE = 300_000  # milliseconds; the cores may be busy with something else. Nothing below sleeps this long: it waits for what should happen
+LIMIT = 150         # milliseconds of the kernel's processor time an answer, which does not depend on what else the machine does
 FIGURES = {"hand": 2, "texture_lighting": 5, "losses": 3, "temporal": 5, "stereo": 6, "centermap": 3}
-# anywidget gives a figure's program two seconds to start; where the machine is too busy the figure stays behind, and the page has to be opened again.
-SLOW = "[anywidget] Failed to initialize model."
 
 
 def _free_port():
@@ -40,14 +40,15 @@ def _free_port():
 
 def _serve(command, url, env=None, log=None):
     process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}, stdout=log, stderr=subprocess.STDOUT)
-    for _ in range(600):
+    deadline = time.monotonic() + PATIENCE / 1000
+    while time.monotonic() < deadline:
         try:
-            urllib.request.urlopen(url, timeout=20).read()
+            urllib.request.urlopen(url, timeout=60).read()
             return process
         except OSError:
             assert process.poll() is None, f"{command[0]} ended with {process.returncode}"
             time.sleep(0.3)
-    process.kill()
+    _stop(process)
     raise AssertionError(f"{url} did not answer")
 
 
@@ -72,7 +73,6 @@ def voila(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
-    from playwright.sync_api import sync_playwright
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield browser
@@ -84,37 +84,38 @@ def page(browser):
     "A page that keeps what went wrong in it: errors, failed answers, and requests that wanted to leave the machine."
     page = browser.new_page(viewport={"width": 1200, "height": 900})
     page.set_default_timeout(PATIENCE)
-    page.wrong, page.slow = [], []
-    page.on("console", lambda m: page.wrong.append(m.text) if m.type == "error" and SLOW not in m.text else None)
-    page.on("pageerror", lambda e: (page.slow if SLOW in str(e) else page.wrong).append(str(e)))
+    page.wrong = []
+    page.on("console", lambda m: page.wrong.append(m.text) if m.type == "error" else None)
+    page.on("pageerror", lambda e: page.wrong.append(str(e)))
     page.on("response", lambda r: page.wrong.append(f"{r.status} {r.url}") if r.status >= 400 else None)
     page.on("request", lambda r: page.wrong.append(f"left the machine: {r.url[:200]}") if not r.url.startswith(("http://127.0.0.1:", "data:", "blob:")) else None)
     page.on("websocket", lambda s: page.wrong.append(f"left the machine: {s.url}") if not s.url.startswith("ws://127.0.0.1:") else None)
     yield page
-    page.close()
+    page.close(run_before_unload=True)  # the page tells Voilà to end its kernel
 
 
-SNAPSHOT = """() => JSON.stringify([[...document.querySelectorAll('.js-plotly-plot')].map(f => [f.data, f.layout.shapes]),
+SNAPSHOT = """JSON.stringify([[...document.querySelectorAll('.js-plotly-plot')].map(f => [f.data, f.layout.shapes]),
     document.querySelector('.hr-caption')?.textContent], (key, v) => ArrayBuffer.isView(v) ? Array.from(v) : v)"""
+DRAWN = """n => document.querySelector('.hr-status[data-state=ready]') && document.querySelectorAll('.js-plotly-plot').length == n
+    && document.querySelectorAll('.js-plotly-plot .main-svg').length >= n"""
+FAILED = "[data-mime-type='application/vnd.jupyter.error'], [data-mime-type='application/vnd.jupyter.stderr']"
 
 
 class Explorer:
     "One explorer on a page, as its reader sees it."
 
-    def __init__(self, page, address, name):
+    def __init__(self, page, address, name, attempts=3):
         self.page = page
-        for _ in range(3):
-            page.slow.clear()
-            self._open(page, address, name)
-            if not page.slow:
-                return
-        raise AssertionError(f"{name}: the machine is too busy, figures did not start within two seconds in three attempts")
-
-    def _open(self, page, address, name):
-        page.goto(f"{address}/render/explore/{name}.ipynb", wait_until="commit", timeout=PATIENCE)
-        page.wait_for_selector(".hr-status[data-state=ready]")
-        page.wait_for_function(f"document.querySelectorAll('.js-plotly-plot .main-svg').length >= {FIGURES[name]} && "
-                               f"document.querySelectorAll('.js-plotly-plot').length == {FIGURES[name]}")
+        for attempt in range(attempts):
+            page.wrong.clear()
+            page.goto(f"{address}/render/explore/{name}.ipynb", wait_until="commit")
+            try:
+                page.wait_for_function(f"n => ({DRAWN})(n) || document.querySelector(`{FAILED}`)", arg=FIGURES[name], polling=250)
+                break
+            except TimeoutError:  # a kernel that did not start
+                print(f"{name}: not there after {PATIENCE / 1000:.0f} s, attempt {attempt + 1}")
+                if attempt == attempts - 1: raise
+        assert not (failed := page.locator(FAILED).all_text_contents()), failed
 
     @property
     def answers(self):
@@ -130,18 +131,25 @@ class Explorer:
         return self.page.locator(".hr-complaint").text_content() if self.page.locator(".hr-complaint").count() else ""
 
     def picture(self):
-        return self.page.evaluate(SNAPSHOT)
+        return self.page.evaluate(f"() => {SNAPSHOT}")
+
+    def settled(self):
+        "The picture, once nothing in it has changed for a while: figures follow one after the other."
+        pictures = [self.picture()]
+        while len(pictures) < 4 or len(set(pictures[-4:])) > 1:
+            assert len(pictures) < 200, "the picture does not come to rest"
+            self.page.wait_for_timeout(250)
+            pictures.append(self.picture())
+        return pictures[-1]
 
     def do(self, action, what):
         "Do it, wait for the answer and for the picture to change; returns the kernel's milliseconds."
-        before, answers = self.picture(), self.answers
+        before, answers = self.settled(), self.answers
         action()
         self.page.wait_for_function(f"(s => s.dataset.state == 'ready' && s.dataset.answers > {answers})(document.querySelector('.hr-status'))")
-        for _ in range(100):
-            if self.picture() != before:
-                return self.milliseconds
-            self.page.wait_for_timeout(100)
-        raise AssertionError(f"nothing changed: {what}")
+        try: self.page.wait_for_function(f"before => {SNAPSHOT} != before", arg=before, polling=250, timeout=60_000)
+        except TimeoutError: raise AssertionError(f"nothing changed: {what}") from None
+        return self.milliseconds
 
     def controls(self, selector):
         return [c for c in self.page.locator(f".hr-explorer {selector}").all() if c.is_visible()]
@@ -187,11 +195,10 @@ def test_every_control_moves_the_picture(name, page, voila):
             took.append(explorer.do(lambda: _next_option(choice), choice.text_content()[:60]))
     took += {"texture_lighting": _drag_the_lamp, "centermap": _click_a_hand, "stereo": _hover_for_depth}.get(name, lambda e: [])(explorer)
     _nonsense_is_answered(explorer)
-    print(f"{name}: median {statistics.median(took):.0f} ms of {len(took)} answers, slowest {max(took):.0f} ms")
-    assert statistics.median(took) <= 150
+    print(f"{name}: processor time of the kernel: median {statistics.median(took):.0f} ms of {len(took)} answers, slowest {max(took):.0f} ms")
+    assert statistics.median(took) <= LIMIT
     page.set_viewport_size({"width": 390, "height": 800})
-    page.wait_for_timeout(500)
-    assert page.evaluate("Math.max(document.documentElement.scrollWidth, document.querySelector('#rendered_cells').scrollWidth)") <= 390
+    page.wait_for_function("Math.max(document.documentElement.scrollWidth, document.querySelector('#rendered_cells').scrollWidth) <= 390", timeout=60_000)
     assert not page.wrong
 
 
@@ -235,18 +242,22 @@ def _hover_for_depth(explorer):
         spot = explorer.page.evaluate("""f => { const z = document.querySelectorAll('.js-plotly-plot')[f].data[1].z; const rows = z.length ?? z.shape[0];
             for (let r = rows >> 1; r < rows; r++) for (let c = 10; c < z[r].length - 10; c++) if (isFinite(z[r][c + 5]) && isFinite(z[r][c]) && isFinite(z[r][c - 5])) return [c, r]; }""", figure)
         box = _box(explorer.page, figure)
-        explorer.page.mouse.move(box["x"] + (spot[0] + 0.5) / 160 * box["width"], box["y"] + (spot[1] + 0.5) / 120 * box["height"])
-        explorer.page.wait_for_function("[...document.querySelectorAll('.hovertext')].some(h => /z = 0\\.\\d+ m/.test(h.textContent))")
+        for nudge in range(20):  # plotly leaves out hovers while it draws
+            explorer.page.mouse.move(box["x"] + (spot[0] + 0.5) / 160 * box["width"] + nudge % 2, box["y"] + (spot[1] + 0.5) / 120 * box["height"])
+            try: explorer.page.wait_for_function("[...document.querySelectorAll('.hovertext')].some(h => /z = 0\\.\\d+ m/.test(h.textContent))", timeout=5_000)
+            except TimeoutError: continue
+            break
+        else: raise AssertionError(f"no depth under the mouse in figure {figure}")
     return []
 
 
 def _nonsense_is_answered(explorer):
     box = [c for c in explorer.controls("input[type=text]") if re.fullmatch(r"-?[\d.]+", c.input_value())][0]
-    good, before = box.input_value(), explorer.picture()
+    good, before, answers = box.input_value(), explorer.settled(), explorer.answers
     for nonsense in ("nan", "", "1e99", "twelve"):
         _type(box, nonsense)
         explorer.page.wait_for_function(f"document.querySelector('.hr-complaint')?.textContent.endsWith(\"found '{nonsense}'\")")
-    assert explorer.picture() == before
+    assert explorer.settled() == before and explorer.answers == answers
     _type(box, good)
 
 
@@ -270,18 +281,19 @@ def test_jupyterlab_runs_the_first_lesson(page, tmp_path):
                           "--IdentityProvider.token=", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--LabApp.news_url=", "--LabApp.extension_manager=readonly"],
                          f"http://127.0.0.1:{port}/api", {"JUPYTER_CONFIG_DIR": str(tmp_path / "config"), "JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "config")}, log)
         try:
-            page.goto(f"http://127.0.0.1:{port}/lab/tree/{notebook.name}", timeout=PATIENCE)
+            page.goto(f"http://127.0.0.1:{port}/lab/tree/{notebook.name}")
             page.wait_for_selector(".jp-Notebook .jp-Cell")
-            page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]")
+            page.get_by_text("(ipykernel) | Idle").wait_for()  # before there is a kernel, "Run All Cells" does nothing
             page.locator(".lm-MenuBar-itemLabel", has_text="Run").first.click()
             page.locator(".lm-Menu-itemLabel", has_text="Run All Cells").first.click()
-            done = []
-            for _ in range(PATIENCE // 2000):
-                page.wait_for_timeout(2000)
-                page.keyboard.press("Control+s")
-                done = [c for c in json.loads(notebook.read_text())["cells"] if c["cell_type"] == "code" and c["source"]]
-                if all(c["execution_count"] for c in done):
-                    break
+            page.wait_for_function("""() => { const numbers = [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(p => p.textContent);
+                return numbers.length && numbers.every(n => /\\[\\d+\\]/.test(n)); }""", polling=250)
+            page.keyboard.press("Control+s")  # once: a second save before the first is done would ask what to overwrite
+            done, deadline = [], time.monotonic() + PATIENCE / 1000
+            while time.monotonic() < deadline and not (done and all(c["execution_count"] for c in done)):
+                page.wait_for_timeout(500)
+                try: done = [c for c in json.loads(notebook.read_text())["cells"] if c["cell_type"] == "code" and c["source"]]
+                except json.JSONDecodeError: continue  # read while it was being written
             assert all(c["execution_count"] for c in done)
             assert not [o for c in done for o in c["outputs"] if o["output_type"] == "error"]
             assert any("image/png" in o.get("data", {}) for c in done for o in c["outputs"])
