@@ -6,12 +6,11 @@
 __all__ = ['LEAST_FRAMES', 'SHIPPED', 'as_hand_3d', 'refine', 'Finder', 'draw_found', 'found_block', 'find_in_video',
            'as_detections', 'lasting', 'solve_found', 'reconstruct_every_hand', 'choose_finder', 'system_of']
 
-# %% ../nbs/18c_every_hand.ipynb #882b94fb
+# %% ../nbs/18c_every_hand.ipynb #71d08ad4
 import os
 from collections.abc import Sequence
 from itertools import islice
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,7 @@ from .multihand import FoundHand, MultiHand, draw_hands, find_hands, load
 from .reconstruct import (
     BOX_MARGIN, Frame, Hand2D, Hand3D, InputError, Source, Summary, _write_all, find_sources, guess_intrinsics, in_chunks, read_frames, reconstruct_hands, results_folder)
 from .s2hand import S2Hand, load as load_s2hand
-from .training import load_checkpoint
+from .training import load_checkpoint, packaged
 from .video import BLOCK, Keep, VideoResult, link_tracks, solve_video, state_folder
 from .viz import draw_skeleton, save_picture
 
@@ -171,8 +170,8 @@ def reconstruct_every_hand(
     for video in videos.values(): video.keep.forget()
     return summaries
 
-# %% ../nbs/18c_every_hand.ipynb #6c65e339
-SHIPPED = Path(str(files("handrecon"))) / "assets" / "multihand.safetensors"
+# %% ../nbs/18c_every_hand.ipynb #d5a2a85f
+SHIPPED = packaged("multihand")
 
 # %% ../nbs/18c_every_hand.ipynb #d99b9562
 def choose_finder(
