@@ -589,11 +589,11 @@ def hand_record(hand: Hand3D, source: Source, frame: int, row: int) -> dict:
         "vertices_file": f"{source.name}.npz", "vertices_row": row,
     }
 
-# %% ../nbs/18_reconstruct.ipynb #e4ed82c4
+# %% ../nbs/18_reconstruct.ipynb #7dc44cbe
 HANDS_ABOUT = (
     "One entry for each hand in each frame. Metres, radians, pixels. Camera axes: x right, y down, z forward; the centre of the top-left pixel is (0.5, 0.5). "
     "21 joints in FreiHAND order. vertices = flip(scale * H(pose, shape, rotation) + translation): H is the right hand model, turned about its wrist, and flip is x -> -x "
-    "where mirrored is true. error_px is the median distance of projected to detected joints, error_of_box the same over the longer side of the detected joints' box.")
+    "where mirrored is true. error_px is the median distance of the projected joints to the detected ones (without detections: to those that the network itself saw in the picture), error_of_box the same over the longer side of those joints' box.")
 
 # %% ../nbs/18_reconstruct.ipynb #139eb26a
 class SourceWriter:
@@ -704,7 +704,7 @@ def _reconstruct_chunk(chunk: list[Frame], focal: float | None, network: S2Hand 
         frames[i].append(hand)
     return frames
 
-# %% ../nbs/18_reconstruct.ipynb #efa1d8ac
+# %% ../nbs/18_reconstruct.ipynb #16492144
 @dataclass(frozen=True)
 class Summary:
     "What came out of one source; errors are medians over its hands, in pixels and as a part of the joints' box."
@@ -720,7 +720,7 @@ class Summary:
         if self.source.is_video:
             what += f" in {self.frames_with_hand} of {self.source.frames} frames"
         said = lambda e: f"{e[0]:.1f} px ({100 * e[1]:.1f} % of the box)"
-        error = "".join(f", {when} {said(e)}" for when, e in (("2D error before the fit", self.before), ("after", self.after)) if e)
+        error = "".join(f", {when} {said(e)}" for when, e in (("off its joints in the picture before the fit by", self.before), ("after by", self.after)) if e)
         return f"{self.source.name}: {what}{error}" + (f"; adapted to the video: {self.adaptation}" if self.adaptation else "")
 
 # %% ../nbs/18_reconstruct.ipynb #ad57e50a
