@@ -71,7 +71,7 @@ def test_lesson_is_small_and_has_its_parts(path):
     assert text.count("<details>") >= 3, f"{path.name} has fewer than three exercises with a folded solution"
 
 
-WORDS_ALONE = {"18_reconstruct", "22_binocular", "23_multihand"}  # solutions without a line of code
+WORDS_ALONE = {"22_binocular", "23_multihand"}  # solutions without a line of code
 
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda p: p.stem)
