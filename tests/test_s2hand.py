@@ -337,7 +337,7 @@ def test_network_answer_is_a_start(model, hand, batch):
 
 
 def test_a_networks_hand_and_its_own_joints_agree():
-    network, (seen, truth) = load("s2hand"), make_batch(6, seed=2**30 + 1, config=SyntheticConfig(image_size=64, view_spread=0.5))
+    network, (seen, _) = load("s2hand"), make_batch(6, seed=2**30 + 1, config=SyntheticConfig(image_size=64, view_spread=0.5))
     with torch.no_grad(): answer = network(seen.image, seen.K, with_image=False)
     xy, confidence = s2hand.detect(network, seen.image)
     assert xy.shape == (6, 21, 2) and torch.equal(confidence, torch.ones(6, 21))
