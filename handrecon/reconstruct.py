@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['PICTURE_ENDINGS', 'VIDEO_ENDINGS', 'SMALLEST_SIDE', 'RATE_FRAMES', 'BOX_MARGIN', 'FEWEST_JOINTS', 'DOUBLE', 'LOOKS',
-           'HANDS_ABOUT', 'CHUNK_FRAMES', 'CHUNK_BYTES', 'Frame', 'SHIPPED', 'InputError', 'Source', 'find_sources',
-           'read_frames', 'camera_number', 'open_camera', 'CameraFilm', 'take_film', 'filmed', 'guess_intrinsics',
-           'mirror_points', 'mirror_intrinsics', 'Hand2D', 'detection_path', 'pair_detections', 'without_doubles',
-           'whole_picture', 'Hand3D', 'crop_observation', 'stack', 'upright_roll', 'ask', 'look_for_joints',
-           'reconstruct_hands', 'guessed', 'GrowingArray', 'results_folder', 'hand_record', 'SourceWriter', 'in_chunks',
-           'Summary', 'reconstruct', 'axis_angle_hand', 'load_network']
+           'QUARTERS', 'HANDS_ABOUT', 'CHUNK_FRAMES', 'CHUNK_BYTES', 'Frame', 'SHIPPED', 'InputError', 'Source',
+           'find_sources', 'read_frames', 'camera_number', 'open_camera', 'CameraFilm', 'take_film', 'filmed',
+           'guess_intrinsics', 'mirror_points', 'mirror_intrinsics', 'Hand2D', 'detection_path', 'pair_detections',
+           'without_doubles', 'whole_picture', 'Hand3D', 'crop_observation', 'stack', 'upright_roll', 'ask',
+           'look_for_joints', 'reconstruct_hands', 'guessed', 'GrowingArray', 'results_folder', 'hand_record',
+           'SourceWriter', 'in_chunks', 'Summary', 'reconstruct', 'axis_angle_hand', 'load_network']
 
 # %% ../nbs/18_reconstruct.ipynb #962dd8ca
 import json
@@ -442,21 +442,32 @@ def ask(network: S2Hand, seen: Observation, roll: Float[Tensor, "B"]) -> tuple[S
     mesh = HandMesh(*(x @ back.mT for x in out.mesh))
     return out._replace(mesh=mesh, keypoints=project(mesh.joints, seen.K), rotation=back @ out.rotation), appearance
 
-# %% ../nbs/18_reconstruct.ipynb #fe962deb
-LOOKS = 3  # a hand rolled by 45 degrees is upright at the second look, one that lies on its side nearly so at the third
+# %% ../nbs/18_reconstruct.ipynb #5ecba03a
+LOOKS = 3                                                       # of each attempt: a hand rolled by 45 degrees is upright at the second
+QUARTERS = (0.0, torch.pi / 2, torch.pi, -torch.pi / 2)         # rolls with which the attempts begin
 
 
-@torch.no_grad()
-def look_for_joints(network: S2Hand, observed: Observation) -> Observation | None:
-    "The crops with the joints that the network itself sees in them; None where it has no eye for joints."
-    roll, one, still = observed.K.new_zeros(len(observed.K)), observed.K.new_ones(len(observed.K)), observed.K.new_zeros(len(observed.K), 2)
+def _attempt(network: S2Hand, observed: Observation, quarter: float) -> tuple[Tensor, Tensor, Tensor] | None:
+    "Joints in the crops as they are, their confidence, and how far (in hands) the hand in space lies from them."
+    roll, one, still = observed.K.new_full((len(observed.K),), quarter), observed.K.new_ones(len(observed.K)), observed.K.new_zeros(len(observed.K), 2)
     for look in range(LOOKS):
         rolled, _ = move_camera(observed, roll, one, still)
         found = detect(network, rolled.image)
         if found is None: return None
         if look < LOOKS - 1: roll = roll + upright_roll(*found)
-    back, _ = move_camera(replace(rolled, keypoints=found[0], confidence=found[1]), -roll, one, still)
-    return replace(observed, keypoints=back.keypoints, confidence=found[1])
+    xy = move_camera(replace(rolled, keypoints=found[0], confidence=found[1]), -roll, one, still)[0].keypoints
+    apart = (ask(network, observed, roll)[0].keypoints - xy).norm(dim=-1).mean(1) / detection_box(xy, found[1])
+    return xy, found[1], apart
+
+# %% ../nbs/18_reconstruct.ipynb #1cf9bf39
+@torch.no_grad()
+def look_for_joints(network: S2Hand, observed: Observation) -> Observation | None:
+    "The crops with the joints that the network itself sees in them, whichever way the hand points; None where it has no eye for joints."
+    attempts = [_attempt(network, observed, quarter) for quarter in QUARTERS]
+    if attempts[0] is None: return None
+    xy, confidence, apart = (torch.stack(x) for x in zip(*attempts))
+    best, rows = apart.argmin(0), torch.arange(apart.shape[1])
+    return replace(observed, keypoints=xy[best, rows], confidence=confidence[best, rows])
 
 # %% ../nbs/18_reconstruct.ipynb #db486f69
 def _in_whole_pictures(observed: Observation, hands: list[Hand2D]) -> list[Hand2D]:

@@ -285,7 +285,7 @@ def test_the_network_s_own_2d_branch_feeds_the_fit(monkeypatch, side):
     network = S2Hand(S2HandConfig(backbone="small", image_size=64, rotation="6d", canonical_focal=2.14, z_bias=0.45, bone_length=0.0,
                                   branch_stacks=1, branch_modules=1, branch_width=8, branch_depth=1), proxy_hand(n_pca=30, flat_hand_mean=False))
     monkeypatch.setattr(module, "detect", lambda model, image: (known.keypoints * 64 / 128, torch.ones(1, 21)))
-    monkeypatch.setattr(module, "LOOKS", 1)                                              # it tells them for the crop as it is
+    for name, value in (("LOOKS", 1), ("QUARTERS", (0.0,))): monkeypatch.setattr(module, name, value)      # it tells them for the crop as it is
     picture = (seen.image[0].permute(1, 2, 0).numpy() * 255).astype(np.uint8)
     K, truth = seen.K[0].clone(), known.keypoints[0].clone()
     if side == "left": picture, K[0, 2], truth[:, 0] = picture[:, ::-1].copy(), 128 - K[0, 2], 128 - truth[:, 0]
