@@ -288,9 +288,9 @@ def localization_terms(maps: Maps, side: Float[Tensor, "B N 2"], scenes: Scenes,
         terms["L_kp"] = config.lambda_kp * focal_loss(maps.keypoints, target, config.gamma)
     return terms
 
-# %% ../nbs/23_multihand.ipynb #2c281f1a
+# %% ../nbs/23_multihand.ipynb #bc555f32
 def bone_unit(keypoints: Float[Tensor, "M 21 2"], visible: Float[Tensor, "M 21"]) -> Float[Tensor, "M 1 1"]:
-    "The middle finger's first bone in the picture (Eq. 8), at least a tenth of the hand: seen end-on, a bone has no length."
+    "The middle finger's first bone in the picture (Eq. 8), at least 15 % of the hand: seen end-on, a bone has no length."
     _, size = hand_centers(keypoints, torch.ones_like(visible))
     bone = (keypoints[:, 9] - keypoints[:, 10]).norm(dim=-1)
     return torch.maximum(bone, 0.15 * size.amax(-1)).clamp_min(1.0)[:, None, None]
