@@ -403,7 +403,7 @@ def track_films(source: Source, hands: list[list[Hand2D]], tracks: list[Track], 
         parts.append(seen)
     return Films(stack(parts), clips)
 
-# %% ../nbs/18b_video.ipynb #2be9e74d
+# %% ../nbs/18b_video.ipynb #7c78e5a2
 class Adaptation(NamedTuple):
     "A network fine-tuned on a clip, and the clip's numbers before and after."
     network: S2Hand
@@ -412,7 +412,13 @@ class Adaptation(NamedTuple):
 
     def __str__(self) -> str:
         unit = {"ACC": "mm", "2D error": "px of the crop", "2D error of the box": "%", "shape S.D.": "", "texture S.D.": "", "quaternion loss": "rad"}
-        return ", ".join(f"{k} {self.before[k]:.4g} -> {self.after[k]:.4g} {u}".rstrip() for k, u in unit.items())
+        told = ", ".join(f"{k} {self.before[k]:.4g} -> {self.after[k]:.4g} {u}".rstrip() for k, u in unit.items())
+        return told if self.helped else f"{told}; not used, since the hand would move less smoothly"
+
+    @property
+    def helped(self) -> bool:
+        "Whether the frame-wise answers have become steadier."
+        return not self.after["ACC"] > self.before["ACC"]
 
 
 def clip_report(network, films) -> dict[str, float]:
@@ -674,7 +680,7 @@ def _of_one_side(found: Hands, said: list[list[Hand2D]], tracks: list[Track]) ->
             for v in values.values(): v[rows[i]] = v[stands_in]
     return found._replace(values=values)
 
-# %% ../nbs/18b_video.ipynb #a7fdb854
+# %% ../nbs/18b_video.ipynb #5c72ff27
 def solve_video(
     source: Source,
     hands: list[list[Hand2D]],              # of every frame
@@ -700,7 +706,7 @@ def solve_video(
     adaptation = None
     if adapt_steps and network is not None and tracks:
         adaptation = _adapted(network, source, hands, tracks, focal, adapt_steps, keep, progress)
-        network = adaptation.network
+        if adaptation.helped: network = adaptation.network
     quiet = None if progress else True
     with tqdm(total=source.frames, unit="frame", desc=f"{source.name}: network", disable=quiet if network is not None else True) as bar:
         found = guess_video(source, hands, tracks, network, focal, keep, bar.update)

@@ -280,6 +280,17 @@ def test_adaptation_reports_before_and_after(clip, network):
     assert "->" in str(done)
 
 
+def test_an_adaptation_that_makes_the_hand_jump_is_told_and_not_used(clip, network, monkeypatch):
+    before = dict.fromkeys(("ACC", "2D error", "2D error of the box", "shape S.D.", "texture S.D.", "quaternion loss"), 1.0)
+    worse, better = V.Adaptation(None, before, before | {"ACC": 1.5}), V.Adaptation(None, before, before | {"ACC": 0.5})
+    assert not worse.helped and "not used" in str(worse) and better.helped and "not used" not in str(better)
+    monkeypatch.setattr(V, "_adapted", lambda *_: worse)                                         # whose network is none at all
+    source, = R.find_sources([clip / "clip.mp4"])
+    hands = R.pair_detections(source, clip / "det")
+    solve = lambda steps: V.solve_video(source, hands, network, network.hand, None, False, adapt_steps=steps, progress=False)
+    assert np.array_equal(solve(3).found.values["pose"], solve(0).found.values["pose"])
+
+
 @pytest.mark.parametrize("options", [dict(adapt=5), dict(adapt=-1, network=0), dict(adapt=5, network=0, box=[0, 0, 64, 64])])
 def test_adapting_needs_its_ingredients(clip, network, tmp_path, options):
     options = options | ({"network": network} if "network" in options else {})
