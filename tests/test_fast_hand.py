@@ -27,9 +27,9 @@ def with_gradients(function, inputs, seed=0):
     return [*out, *torch.autograd.grad(total, list(inputs.values()))]
 
 
-def assert_same(found, expected, tolerance):
+def assert_same(found, expected, tolerance, least=1e-3):
     for a, b in zip(found, expected, strict=True):
-        assert (a - b).abs().max() <= tolerance * max(b.abs().max().item(), 1e-3)
+        assert (a - b).abs().max() <= tolerance * max(b.abs().max().item(), least)
 
 
 @pytest.mark.parametrize("options", [{}, {"n_pca": 9}, {"flat_hand_mean": False, "n_pca": 30}])
@@ -67,7 +67,8 @@ def test_any_tree_and_dense_weights(draws, seed):
     tree = np.array([[0, *(d % (j + 1) for j, d in enumerate(draws))], list(range(16))])
     arrays = dict(ARRAYS, kintree_table=tree, weights=weights / weights.sum(1, keepdims=True), J_regressor=rng.random((16, 778)) / 389)
     model, exact = HandModel(arrays), HandModel(arrays).double()
-    assert_same(with_gradients(model, draw(2, seed)), with_gradients(exact.plain, draw(2, seed, dtype=torch.float64)), 5e-6)
+    assert_same(with_gradients(model, draw(2, seed)), with_gradients(exact.plain, draw(2, seed, dtype=torch.float64)), 5e-6,
+                least=1.0)   # the terms of dL/dscale, of the order of ten, may cancel
 
 
 def test_weights_that_do_not_quite_sum_to_one():
