@@ -259,7 +259,8 @@ def test_fuzz(name, seed, edits):
         assert all(isinstance(a, np.ndarray) for a in arrays.values())
     except Exception as error:
         _documented(error, bytes(data))
-    assert not os.path.exists("never") and "chumpy" not in sys.modules and set(sys.modules) - before <= {"handrecon"}
+    new = {module.split(".")[0] for module in set(sys.modules) - before}
+    assert not os.path.exists("never") and new <= {"handrecon", "beartype", "wadler_lindig"}   # the last two word the checks' messages
 
 
 def _documented(error, data):
