@@ -7,7 +7,7 @@ __all__ = ['HAND_BATCHES', 'PEER_PIXELS', 'STEPS', 'PARTS', 'median_ms', 'altern
            'render_scene', 'render_tasks', 'bench_render', 'split_faces', 'bench_growth', 'step_parts', 'bench_step',
            'bench_infer', 'version', 'machine', 'bench', 'write_record', 'table', 'write_page']
 
-# %% ../nbs/32_bench.ipynb #aa28c8f6
+# %% ../nbs/32_bench.ipynb #24aa49b8
 import datetime
 import importlib
 import json
@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .backends import OnnxHand, PictureToHand, example_input, export_onnx, manopth_layer, onnx_agreement
+from .backends import OnnxHand, PictureToHand, example_input, export_onnx, manopth_layer, manotorch_layer, onnx_agreement
 from .contour import soft_silhouette
 from .files import write_text
 from .mano import MANO_ARRAYS, HandMesh
@@ -76,10 +76,10 @@ def importable(*modules: str) -> bool:
     try: return all(importlib.import_module(m) for m in modules)
     except ImportError: return False
 
-# %% ../nbs/32_bench.ipynb #47d21f29
+# %% ../nbs/32_bench.ipynb #529bec65
 def hand_layers(
     batch: int,
-    peers: bool = False,    # also smplx and manopth, where they are installed
+    peers: bool = False,    # also smplx, manopth and manotorch, where they are installed
     device: str = "cpu",
 ) -> dict[str, Callable]:   # name -> function(pose, shape, rotation) -> vertices, joints
     "Hand layers that compute the same, with the same call."
@@ -99,6 +99,9 @@ def hand_layers(
     if peers and importable("manopth"):
         layer = manopth_layer(model)
         layers["manopth"] = lambda pose, shape, rotation: layer(torch.cat([rotation, pose], 1), shape)
+    if peers and importable("manotorch"):
+        third = manotorch_layer(model)
+        layers["manotorch"] = lambda pose, shape, rotation: third(torch.cat([rotation, pose], 1), shape)[:2]
     return layers
 
 # %% ../nbs/32_bench.ipynb #408163d3
@@ -357,13 +360,13 @@ def version(package: str) -> str:
     try: return metadata.version(package)
     except metadata.PackageNotFoundError: return "from source"
 
-# %% ../nbs/32_bench.ipynb #c11a6ff0
+# %% ../nbs/32_bench.ipynb #a3065045
 def machine() -> dict:
     "What the numbers depend on besides the code."
     name = platform.processor() or platform.machine()
     try: name = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
     except (OSError, StopIteration): pass
-    probes = {"pytorch3d": "pytorch3d._C", "onnxruntime": "onnxruntime", "smplx": "smplx", "manopth": "manopth", "triton": "triton"}
+    probes = {"pytorch3d": "pytorch3d._C", "onnxruntime": "onnxruntime", "smplx": "smplx", "manopth": "manopth", "manotorch": "manotorch", "triton": "triton"}
     versions = {m: version(m) for m, probe in probes.items() if importable(probe)}
     return {
         "processor": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "load": [round(x, 1) for x in os.getloadavg()] if hasattr(os, "getloadavg") else None,
@@ -462,7 +465,7 @@ def _plot(record: dict[str, dict], folder: Path) -> list[str]:
     figure.savefig(folder / "performance.png")
     return ["performance.png"]
 
-# %% ../nbs/32_bench.ipynb #ee00d758
+# %% ../nbs/32_bench.ipynb #029c2f51
 _TITLES = {
     "mano": ("The hand layer", "45 angles, ten shape numbers and a rotation to 778 vertices and 21 joints, float32. The last column compares forward plus backward. Our layer skips products with zeros; the row without zeros shows what that is worth. "
              "On CUDA, where Triton is installed, the layer has kernels of its own: six launches forwards and backwards. They are proved in Triton's interpreter and compile, and have never yet run on a GPU; "
@@ -482,7 +485,7 @@ def write_page(
 ) -> None:
     "The record as a page with tables and plots."
     path = Path(path)
-    lines = ["# Performance", "", "Written by `handrecon bench --json FILE --page FILE` from the record beside it. Medians; programs that are compared take turns in one run. "
+    lines = ["# Performance", "", "Written by `handrecon bench --json FILE --page FILE` from the record beside it. Medians; programs that are compared take turns in one run. `OMP_WAIT_POLICY` was left alone: PASSIVE, which our Makefile sets for the sake of busy machines, makes other libraries' parallel loops up to four times slower and would flatter ours. "
              "On a machine that others use too, differences below a factor of 1.4 mean nothing; where the load was above the number of cores, times are several times too long, and only the ratios say something.", ""]
     lines += [f"![How cost grows]({name})\n" for name in _plot(record, path.parent)]
     for part, found in record.items():
