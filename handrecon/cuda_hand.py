@@ -9,7 +9,7 @@ __all__ = ['BLOCK', 'kernel', 'trig_halves', 'turn', 'store9', 'paths_to', 'Devi
            'turn_backward', 'torque_of_features', 'row_of_q', 'wrench', 'shape_backward', 'bones_backward', 'CudaHand',
            'cuda_hand']
 
-# %% ../nbs/02d_cuda_hand.ipynb #b1852981
+# %% ../nbs/02d_cuda_hand.ipynb #f43db022
 from collections.abc import Callable
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .fast_hand import constants_key
+from .fast_hand import check_hand_inputs, constants_key
 from .raster import only_once
 
 try:
@@ -409,7 +409,7 @@ class CudaHand(torch.autograd.Function):
             bones_backward[(B,)](p, r, k, blocks, moments, hand.joints, hand.below, hand.bone_rows, upward[1], grad_features, *grads[:4], **ctx.sizes, num_warps=1)
         return *grads[:3], None if scale is None else grads[3], grads[4] if ctx.has_translation else None, None
 
-# %% ../nbs/02d_cuda_hand.ipynb #e6fe4c9c
+# %% ../nbs/02d_cuda_hand.ipynb #223eac89
 def cuda_hand(
     model: nn.Module,                                       # a HandModel, float32
     pose: Float[Tensor, "B m"],                             # axis-angle of the finger joints, radians
@@ -420,9 +420,5 @@ def cuda_hand(
 ) -> tuple[Float[Tensor, "B V 3"], Float[Tensor, "B 21 3"]]:    # metres
     "What `HandModel.plain` computes, in three launches. Raises ValueError where a shape does not fit, RuntimeError without Triton."
     if not triton: raise RuntimeError("the CUDA hand layer expects Triton (pip install 'handrecon[cuda]'), found none")
-    B = len(pose)
-    expected = {"pose": (B, 3 * len(model.parents) - 3), "shape": (B, model.J_directions.shape[-1]), "rotation": (B, 3), "translation": (B, 3), "scale": (B,)}
-    for (name, size), tensor in zip(expected.items(), (pose, shape, rotation, translation, scale)):
-        if tensor is not None and tensor.shape != size:
-            raise ValueError(f"{name}: expected shape {size}, found {tuple(tensor.shape)}")
+    check_hand_inputs(model, len(pose), pose=pose, shape=shape, rotation=rotation, translation=translation, scale=scale)
     return CudaHand.apply(pose, shape, rotation, scale, translation, device_hand(model))

@@ -6,8 +6,8 @@
 __all__ = ['LANES', 'BLOCK', 'runs_of', 'PackedHand', 'constants_key', 'pack_hand', 'vectorized', 'trig_ratios', 'rodrigues',
            'rodrigues_backward', 'place_bone', 'pose_bones', 'spread', 'spread_one', 'blend_shapes', 'motions', 'move',
            'skin_hand', 'forward_hands', 'moments', 'skin_backward', 'collect', 'collect_one', 'blend_backward',
-           'motion_backward', 'bone_backward', 'bones_backward', 'backward_hands', 'FastHand', 'suits', 'fast_hand',
-           'kernels_for']
+           'motion_backward', 'bone_backward', 'bones_backward', 'backward_hands', 'FastHand', 'suits',
+           'check_hand_inputs', 'fast_hand', 'kernels_for']
 
 # %% ../nbs/02c_fast_hand.ipynb #9987cc19
 from collections.abc import Callable
@@ -444,7 +444,19 @@ def suits(
         if t is not None and (t.dtype != torch.float32 or t.device != device): return False
     return not any([t.requires_grad for t in constants])
 
-# %% ../nbs/02c_fast_hand.ipynb #0e523e80
+# %% ../nbs/02c_fast_hand.ipynb #4f133a31
+def check_hand_inputs(
+    model: nn.Module,             # a HandModel
+    B: int,
+    **inputs: Tensor | None,      # of `fast_hand`
+) -> None:
+    "Raise ValueError with the name and both shapes where an input does not fit the model and the batch."
+    expected = {"pose": (B, 3 * len(model.parents) - 3), "shape": (B, model.J_directions.shape[-1]), "rotation": (B, 3), "translation": (B, 3), "scale": (B,)}
+    for name, tensor in inputs.items():
+        if tensor is not None and tensor.shape != expected[name]:
+            raise ValueError(f"{name}: expected shape {expected[name]}, found {tuple(tensor.shape)}")
+
+# %% ../nbs/02c_fast_hand.ipynb #5c1ec870
 def fast_hand(
     model: nn.Module,                                       # a HandModel on the CPU, float32
     pose: Float[Tensor, "B m"],                             # axis-angle of the finger joints, radians
@@ -454,14 +466,11 @@ def fast_hand(
     scale: Float[Tensor, "B"] | None = None,
 ) -> tuple[Float[Tensor, "B V 3"], Float[Tensor, "B 21 3"]]:    # metres
     "What `HandModel.plain` computes, in one operation. Raises ValueError where a shape does not fit."
-    B, hand = len(pose), pack_hand(model)
+    B = len(pose)
+    check_hand_inputs(model, B, pose=pose, shape=shape, rotation=rotation, translation=translation, scale=scale)
     scale = pose.new_ones(B) if scale is None else scale
     translation = pose.new_zeros(B, 3) if translation is None else translation
-    expected = {"pose": (B, 3 * len(hand.parents) - 3), "shape": (B, len(hand.J_directions)), "rotation": (B, 3), "translation": (B, 3), "scale": (B,)}
-    for (name, size), tensor in zip(expected.items(), (pose, shape, rotation, translation, scale)):
-        if tensor.shape != size:
-            raise ValueError(f"{name}: expected shape {size}, found {tuple(tensor.shape)}")
-    return FastHand.apply(pose, shape, rotation, scale, translation, len(model.v_template), hand)
+    return FastHand.apply(pose, shape, rotation, scale, translation, len(model.v_template), pack_hand(model))
 
 # %% ../nbs/02c_fast_hand.ipynb #50b2a1a7
 def kernels_for(
