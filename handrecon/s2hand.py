@@ -12,7 +12,7 @@ __all__ = ['RECIPES', 'REAL', 'HELD_OUT_SEED', 'DATASETS', 'DETECTION_TOLERANCE'
            'detect', 'with_branch', 'FitConfig', 'HandFit', 'reprojection_error', 'detection_box', 'joints_only',
            'similarity_2d', 'Start', 'viewpoint_starts', 'start_from', 'pose_prior', 'fit_to_detections', 'agree']
 
-# %% ../nbs/20_s2hand.ipynb #fcd781f4
+# %% ../nbs/20_s2hand.ipynb #e21c91e4
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
@@ -40,7 +40,7 @@ from .metrics import evaluate_hands, mpjpe, point_errors, procrustes_align
 from .networks import FRONT_LIGHT, MEAN_SKIN, Appearance, Backbone, HandCode, HandEncoder, make_backbone
 from .point_features import PointFeatures
 from .proxy_hand import posture, proxy_hand, proxy_hand_arrays, sample_poses, self_penetration
-from .render import light_from_vector, render
+from .render import render
 from .rotation import axis_angle_to_matrix, matrix_to_axis_angle, matrix_to_rotation_6d, random_rotations, rotation_6d_to_matrix
 from .synthetic import SyntheticConfig, make_batch
 from .training import ArrayBatches, History, TrainConfig, batch_seed, fit, load_checkpoint, load_weights, map_tensors, packaged, save_checkpoint
@@ -116,7 +116,7 @@ def place_translation(
     depth = z * K[:, [0, 1], [0, 1]].mean(1) / (focal * width)               # same f/z: same size
     return unproject(pixel[:, None], depth[:, None], K)[:, 0]
 
-# %% ../nbs/20_s2hand.ipynb #c6f148a3
+# %% ../nbs/20_s2hand.ipynb #6e266c10
 class S2Hand(nn.Module):
     "S²HAND (§3.1–3.3): the 3D branch of encoder, hand model and renderer; and the 2D branch, where a loss asks for it."
 
@@ -173,7 +173,7 @@ class S2Hand(nn.Module):
         image = silhouette = None
         if appearance is not None:
             vertices = mesh.vertices if self.config.photo_moves_hand else mesh.vertices.detach()
-            drawn = render(vertices, self.hand.faces, K, image_size, appearance.texture, light_from_vector(appearance.light))
+            drawn = render(vertices, self.hand.faces, K, image_size, appearance.texture, appearance.light)
             image, silhouette = drawn.image, drawn.silhouette
         return S2HandOutput(mesh, project(mesh.joints, K), self.hand.full_pose(code.pose), R @ axis_angle_to_matrix(root), code, appearance, image, silhouette)
 

@@ -39,8 +39,20 @@ def test_scene_and_timer():
 
 def test_taking_turns():
     order = []
-    times = bench.alternate({"a": lambda: (order.append("a"), time.sleep(0.004)), "b": lambda: order.append("b")}, 0.0, 3)
+    times = bench.alternate({"a": lambda: (order.append("a"), time.sleep(0.004)), "b": lambda: order.append("b")}, 0.0, 3, turn=0.0)
     assert order == ["a", "b"] * 4 and times["a"] >= 4 > times["b"] >= 0
+
+
+def test_a_turn_is_a_loop_of_its_own_and_its_beginning_does_not_count():
+    durations = {"slow to settle": iter([0.0] + 9 * ([0.02] + [0.001] * 200)), "long": iter([0.04] * 9)}
+    def nap(name):
+        order.append(name)
+        time.sleep(next(durations[name]))
+    order = []
+    times = bench.alternate({name: lambda name=name: nap(name) for name in durations}, 0.0, 3, turn=0.03)
+    changes = sum(a != b for a, b in zip(order, order[1:]))
+    assert changes == 7 and order.count("long") == 4        # warm-up and three rounds; a call longer than a turn is one turn
+    assert order.count("slow to settle") > 8 and 1 <= times["slow to settle"] < 15 and times["long"] >= 40
 
 
 @pytest.mark.parametrize("peers", [False, True])
