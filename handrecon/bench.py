@@ -201,7 +201,7 @@ def _pytorch3d_tasks() -> tuple[Callable, Callable, Callable]:
         return *whole(size, leaves, faces, K), SoftSilhouetteShader(BlendParams(sigma))(fragments, mesh)[..., 3]
     return hard, whole, soft
 
-# %% ../nbs/32_bench.ipynb #ac0016af
+# %% ../nbs/32_bench.ipynb #0a2507d3
 PEER_LAYERS = 2**18     # pixels in a batch, times faces kept for each
 
 
@@ -230,9 +230,9 @@ def bench_render(
 def _drawing_times(size, vertices, faces, K, texture, light, tasks, budget) -> dict[str, tuple[float, float]]:
     "name -> milliseconds forward, and forward and backward, of the whole batch."
     still = (vertices, texture, light)
+    leaves = [t.clone().requires_grad_() for t in still]
     upstream = {name: tuple(torch.ones_like(t) for t in task(size, still, faces, K)) for name, task in tasks.items()}
     def both(name, task):
-        leaves = [t.clone().requires_grad_() for t in still]
         torch.autograd.grad(task(size, leaves, faces, K), leaves, upstream[name], allow_unused=True)
     forward = alternate({name: lambda task=task: task(size, still, faces, K) for name, task in tasks.items()}, budget)
     backward = alternate({name: lambda name=name, task=task: both(name, task) for name, task in tasks.items()}, budget)
