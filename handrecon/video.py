@@ -4,18 +4,21 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'LARGEST', 'Track', 'link_tracks', 'stretches', 'steady', 'Hands', 'Keep', 'state_folder', 'rolls',
-           'guess_block', 'guess_video', 'share_shape', 'SmoothFit', 'Placed', 'interpolate', 'descend', 'mend',
-           'fit_stretches', 'track_films', 'Adaptation', 'clip_report', 'adapt', 'Clip', 'write_animation',
-           'read_animation', 'plot_track', 'VideoResult', 'solve_video', 'finish_video']
+           'guess_block', 'guess_video', 'share_shape', 'average_tracks', 'SmoothFit', 'Placed', 'interpolate',
+           'descend', 'mend', 'side_by_side', 'windows_of', 'fit_stretches', 'track_films', 'Adaptation', 'clip_report',
+           'adapt', 'Clip', 'write_animation', 'read_animation', 'plot_track', 'VideoResult', 'solve_video',
+           'finish_video']
 
-# %% ../nbs/18b_video.ipynb #7d1edb88
+# %% ../nbs/18b_video.ipynb #352a31d0
 import hashlib
 import json
 import os
 import shutil
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,9 +36,9 @@ from .mano_files import _cache_folder as cache_folder
 from .networks import HandCode
 from .render import vertex_normals
 from .reconstruct import Hand2D, Hand3D, Source, ask, axis_angle_hand, crop_observation, guess_intrinsics, guessed, read_frames, stack, upright_roll
-from .rotation import axis_angle_to_matrix, axis_angle_to_quaternion, matrix_to_axis_angle, matrix_to_rotation_6d, quaternion_angle, quaternion_to_matrix, rotation_6d_to_matrix
+from .rotation import axis_angle_to_matrix, axis_angle_to_quaternion, matrix_to_axis_angle, matrix_to_rotation_6d, quaternion_angle, quaternion_to_axis_angle, quaternion_to_matrix, rotation_6d_to_matrix
 from .s2hand import FitConfig, S2Hand, S2HandOutput, detection_box, fit_to_detections, joints_only, move_camera, reprojection_error, _unlikely as unlikely
-from .sequences import continuous_clips, smooth_in_time
+from .sequences import average_rotations, continuous_clips, smooth_in_time
 from .temporal import canonical_normals, detour, hand_quaternions, lit_texture, transition
 from .viz import linear_rgb
 
@@ -202,13 +205,27 @@ def share_shape(found: Hands, model: HandModel) -> Hands:
         values["shape"][rows], values["scale"][rows] = new, size
     return found._replace(values=values)
 
-# %% ../nbs/18b_video.ipynb #ec94a6ee
+# %% ../nbs/18b_video.ipynb #c9b65e28
+def average_tracks(found: Hands, tracks: list[Track], sigma: float = 1.5) -> Hands:
+    "Rotations and wrists of each stretch of a track, averaged over neighbouring frames; shape and scale must be the track's own already."
+    values = {k: v.copy() for k, v in found.values.items()}
+    for n, track in enumerate(tracks):
+        rows = np.flatnonzero(found.track == n)
+        for a, b in stretches(track.frames):
+            own = rows[a:b]
+            turns = torch.from_numpy(np.concatenate([values["rotation"][own], values["pose"][own]], 1)).unflatten(1, (16, 3))
+            calm = quaternion_to_axis_angle(average_rotations(axis_angle_to_quaternion(turns).transpose(0, 1), sigma).transpose(0, 1)).flatten(1).numpy()
+            values["rotation"][own], values["pose"][own] = calm[:, :3], calm[:, 3:]
+            values["translation"][own] = smooth_in_time(torch.from_numpy(values["translation"][own])[None], sigma)[0].numpy()
+    return found._replace(values=values)
+
+# %% ../nbs/18b_video.ipynb #7272993e
 @dataclass(frozen=True)
 class SmoothFit:
     "How a stretch of video is fitted."
     every: int = 8             # frames between key frames
     batch: int = 64            # key frames that are fitted at once: most of a step's time is the same for 64 as for 16
-    window: int = 384          # frames that are fitted together ...
+    window: int = 288          # frames that are fitted together ...
     overlap: int = 16          # ... and shared with the next window
     steps: int = 250           # Adam steps of a window
     lr: float = 0.02
@@ -304,7 +321,29 @@ def mend(keys: Placed, seen: Observation, at: Float[Tensor, "K"], hand: HandMode
     for v, new in zip(out, again): v[odd.nonzero().flatten()[better]] = new[better]
     return Placed(*out)
 
-# %% ../nbs/18b_video.ipynb #b2b4a81a
+# %% ../nbs/18b_video.ipynb #6b385e61
+def side_by_side(works: Sequence[Callable[[], dict]]) -> Iterator[dict]:
+    "The results in order; as many works at a time as torch has threads, each on a thread of its own."
+    threads = torch.get_num_threads()
+    if min(threads, len(works)) < 2:
+        for work in works: yield work()
+        return
+    try:
+        with ThreadPoolExecutor(min(threads, len(works)), "handrecon-fit", torch.set_num_threads, (1,)) as pool: yield from pool.map(lambda work: work(), works)
+    finally: torch.set_num_threads(threads)
+
+
+def windows_of(
+    a: int, b: int,                 # a stretch: rows from, up to
+    smooth: SmoothFit,
+) -> list[tuple[int, int]]:         # from, up to
+    "Overlapping windows of equal length, none longer than `smooth.window`."
+    step = smooth.window - smooth.overlap
+    n = max(1, -(-(b - a - smooth.overlap) // step))
+    edges = [a + i * (b - a - smooth.overlap) // n for i in range(n)]
+    return [(first, (edges[1:] + [b - smooth.overlap])[i] + smooth.overlap) for i, first in enumerate(edges)]
+
+# %% ../nbs/18b_video.ipynb #70b40651
 def fit_stretches(
     seen: Observation,                  # T detected frames of one track, as a right hand's crops; images are not looked at
     pieces: list[tuple[int, int]],      # stretches without a gap
@@ -321,28 +360,33 @@ def fit_stretches(
     part = lambda rows: Observation(*(getattr(seen, f)[rows] for f in Observation.__dataclass_fields__))
     keys = torch.tensor(sorted({r for a, b in pieces for r in [*range(a, b, smooth.every), b - 1]}))
     found = []
-    for first in range(0, len(keys), smooth.batch):
-        rows = keys[first:first + smooth.batch]
+    batches = [keys[first:first + smooth.batch] for first in range(0, len(keys), smooth.batch)]
+    def alone(rows: Tensor) -> dict[str, np.ndarray]:
         init = None if inits is None else _as_output(Placed(*(v[rows] for v in inits)), hand)
-        made = keep(f"{name}-keys-{first:06d}", lambda: _alone(part(rows), model, init, fit))
+        return _alone(part(rows), model, init, fit)
+    works = [partial(keep, f"{name}-keys-{smooth.batch * i:06d}", partial(alone, rows)) for i, rows in enumerate(batches)]
+    for rows, made in zip(batches, side_by_side(works)):
         found.append(Placed(*(torch.from_numpy(made[f]) for f in Placed._fields)))
         if progress: progress(0.6 * len(rows) / len(keys))
     key = Placed(*(torch.cat(v) for v in zip(*found)))
     pick = torch.linspace(0, len(keys) - 1, min(48, len(keys))).round().long().unique()
     shape = torch.from_numpy(keep(f"{name}-shape", lambda: {"shape": descend(part(keys[pick]), hand, Placed(*(v[pick] for v in key)), fit, None, fit.steps, share=True).shape[:1].numpy()})["shape"])
     key = key._replace(shape=shape.expand(len(keys), -1))
+    def together(rows: slice, begin: Placed) -> dict[str, np.ndarray]:
+        return {field: v.numpy() for field, v in descend(part(rows), hand, begin, fit, smooth, smooth.steps)._asdict().items()}
     out = Placed(torch.zeros(len(seen.K), 45), shape.expand(len(seen.K), -1).clone(), torch.eye(3).repeat(len(seen.K), 1, 1), torch.zeros(len(seen.K), 3))
+    windows, works = [], []
     for a, b in pieces:
         mine = (keys >= a) & (keys < b)
         own = mend(Placed(*(v[mine] for v in key)), part(keys[mine]), keys[mine].float(), hand, fit)
         start = interpolate(own, keys[mine].float(), torch.arange(a, b).float())
-        for first in range(a, b, smooth.window - smooth.overlap):
-            last = min(first + smooth.window, b)
-            rows, begin = slice(first, last), Placed(*(v[first - a:last - a] for v in start))
-            made = keep(f"{name}-window-{first:08d}", lambda: dict(zip(Placed._fields, (v.numpy() for v in descend(part(rows), hand, begin, fit, smooth, smooth.steps)))))
-            _blend(out, Placed(*(torch.from_numpy(made[f]) for f in Placed._fields)), first, 0 if first == a else min(smooth.overlap, last - first))
-            if progress: progress(0.4 * (last - first) / len(seen.K))
-            if last == b: break
+        for first, last in windows_of(a, b, smooth):
+            begin = Placed(*(v[first - a:last - a] for v in start))
+            windows.append((first, last, 0 if first == a else min(smooth.overlap, last - first)))
+            works.append(partial(keep, f"{name}-window-{first:08d}", partial(together, slice(first, last), begin)))
+    for (first, last, overlap), made in zip(windows, side_by_side(works)):
+        _blend(out, Placed(*(torch.from_numpy(made[f]) for f in Placed._fields)), first, overlap)
+        if progress: progress(0.4 * (last - first) / len(seen.K))
     return out
 
 # %% ../nbs/18b_video.ipynb #bdc434c3
@@ -680,7 +724,7 @@ def _of_one_side(found: Hands, said: list[list[Hand2D]], tracks: list[Track]) ->
             for v in values.values(): v[rows[i]] = v[stands_in]
     return found._replace(values=values)
 
-# %% ../nbs/18b_video.ipynb #5c72ff27
+# %% ../nbs/18b_video.ipynb #ec864105
 def solve_video(
     source: Source,
     hands: list[list[Hand2D]],              # of every frame
@@ -715,6 +759,7 @@ def solve_video(
     if fit and detected and len(found.frame):
         with tqdm(total=100, unit="%", desc=f"{source.name}: fit", disable=quiet, bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}") as bar:
             found = _fit_tracks(found, hands, tracks, model, K, config, smooth, keep, lambda s: bar.update(100 * s))
+    elif (network is not None or known is not None) and len(found.frame): found = average_tracks(found, tracks)
     return VideoResult(hands, tracks, found, K, adaptation, keep)
 
 # %% ../nbs/18b_video.ipynb #c27d5d8e

@@ -219,3 +219,22 @@ def test_claims_can_be_run():
             assert resolve("s2hand_video", run.profile, run.overrides).start == "s2hand"
             assert expected_config(claim, run, 0)["hash"] != expected_config(claim, run, 1)["hash"]
     assert HELD_OUT_SEED > 10**6
+
+
+def test_averaging_over_time_calms_and_a_narrow_average_changes_nothing(model, made):
+    films = made[0]
+    said, narrow, wide = predict(model, films), predict(model, films, sigma=1e-3), predict(model, films, sigma=1.5)
+    for field in ("joints", "vertices", "shape", "lit"): assert (getattr(narrow, field) - getattr(said, field)).abs().max() < 2e-5, field
+    assert (narrow.keypoints - said.keypoints).abs().max() < 0.01
+    assert consistency(wide, films.clips)["ACC"] < 0.5 * consistency(said, films.clips)["ACC"]
+    bones = lambda p: (p.joints[:, 1] - p.joints[:, 0]).norm(dim=-1)
+    assert (bones(wide) / bones(said) - 1).abs().max() < 0.1                                   # rotations were averaged, not points
+
+
+def test_averaging_keeps_to_a_clip(model, made):
+    films = made[0]
+    halves = Films(films.frames, [(a, (a + b) // 2) for a, b in films.clips] + [((a + b) // 2, b) for a, b in films.clips])
+    (a, b), T = films.clips[0], (films.clips[0][1] - films.clips[0][0]) // 2
+    alone = Films(films.at(range(a, a + T)), [(0, T)])
+    assert torch.allclose(predict(model, halves, sigma=2.0).joints[a:a + T], predict(model, alone, sigma=2.0).joints, atol=1e-5)
+    assert not torch.allclose(predict(model, films, sigma=2.0).joints[a:a + T], predict(model, alone, sigma=2.0).joints, atol=1e-5)

@@ -6,9 +6,9 @@ import torch
 
 from handrecon.camera import project
 from handrecon.conventions import joint_limits
-from handrecon.rotation import quaternion_angle
+from handrecon.rotation import axis_angle_to_quaternion, quaternion_angle
 from handrecon.sequences import (
-    WORLDS, SequenceConfig, continuous_clips, make_sequences, progress, sample_motion, schedule, smooth_in_time)
+    WORLDS, SequenceConfig, average_rotations, continuous_clips, make_sequences, progress, sample_motion, schedule, smooth_in_time)
 from handrecon.temporal import detour, hand_quaternions
 
 SMALL = replace(WORLDS["studio"], frames=10, pictures=replace(WORLDS["studio"].pictures, image_size=32))
@@ -127,3 +127,13 @@ def test_continuous_clips():
 def test_mistakes(wrong, words):
     with pytest.raises(ValueError, match=words):
         wrong()
+
+
+def test_averaged_rotations_do_not_know_signs_and_stay_on_a_steady_axis():
+    axis, angle = torch.tensor([0.0, 0.6, 0.8]), torch.linspace(-1, 2, 40)
+    q = axis_angle_to_quaternion(angle[None, :, None] * axis)
+    signs = torch.where(torch.rand(1, 40, 1, generator=torch.Generator().manual_seed(0)) < 0.5, -1.0, 1.0)
+    calm = average_rotations(q * signs, 2.0)
+    assert (calm.norm(dim=-1) - 1).abs().max() < 1e-6
+    assert quaternion_angle(calm, q)[:, 6:-6].max() < 2e-3                                     # the middle of a steady turn is its own average
+    assert (calm[..., 1:] - (calm[..., 1:] @ axis)[..., None] * axis).abs().max() < 1e-6       # on the axis everywhere

@@ -1,7 +1,10 @@
 """Videos: tracks, the smooth fit, resuming, adaptation, and an animation that is the hand model's own."""
 import json
 import struct
+import threading
+import time
 from dataclasses import replace
+from functools import partial
 
 import cv2
 import numpy as np
@@ -298,3 +301,41 @@ def test_adapting_needs_its_ingredients(clip, network, tmp_path, options):
     with pytest.raises(ValueError, match="adapting needs"):
         R.reconstruct([clip / "clip.mp4"], tmp_path / "out", progress=False, **options)
     assert not (tmp_path / "out").exists()
+
+
+# ---- side by side, and averaged
+
+def test_works_side_by_side_answer_in_order_on_one_thread_each():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        def work(k):
+            time.sleep(0.02 * (3 - k))
+            return {"k": k, "threads": torch.get_num_threads(), "name": threading.current_thread().name}
+        made = list(V.side_by_side([partial(work, k) for k in range(4)]))
+        assert [m["k"] for m in made] == [0, 1, 2, 3] and {m["threads"] for m in made} == {1}
+        assert len({m["name"] for m in made}) == 2 and torch.get_num_threads() == 2
+        with pytest.raises(ZeroDivisionError): list(V.side_by_side([lambda: {"x": 1 // 0}, partial(work, 0)]))
+        assert torch.get_num_threads() == 2
+        torch.set_num_threads(1)
+        assert [m["name"] for m in V.side_by_side([partial(work, 3), partial(work, 2)])] == ["MainThread"] * 2
+    finally: torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("length, window, overlap", [(1, 8, 2), (8, 8, 2), (9, 8, 2), (100, 8, 2), (1000, 288, 16)])
+def test_windows_cover_a_stretch_with_their_overlap(length, window, overlap):
+    found = V.windows_of(5, 5 + length, V.SmoothFit(window=window, overlap=overlap))
+    assert found[0][0] == 5 and found[-1][1] == 5 + length and all(b - a <= window for a, b in found)
+    assert all(b - c == overlap and c > a for (a, b), (c, _) in zip(found, found[1:]))
+
+
+def test_tracks_are_averaged_within_their_stretches():
+    g, frames = torch.Generator().manual_seed(0), [0, 1, 2, 3, 4, 7, 8, 9, 10, 11]
+    values = {name: torch.randn(10, width, generator=g).numpy() * 0.3 for name, width in V._ROWS.items()}
+    values["translation"][5:] += 10.0
+    found = V.Hands(np.array(frames), np.zeros(10, int), values, {})
+    calm = V.average_tracks(found, [V.Track("right", frames, [0] * 10)], 1.5).values
+    for name in ("shape", "scale", "before", "skin"): assert (calm[name] == values[name]).all()
+    assert calm["translation"][:5].max() < 5 < calm["translation"][5:].min()                   # nothing leaks over the gap
+    jump = lambda x: np.abs(np.diff(x[:5], axis=0)).mean()
+    for name in ("rotation", "pose", "translation"): assert jump(calm[name]) < 0.6 * jump(values[name]), name
