@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['PAPER_AUGMENTATION', 'STRONG_AUGMENTATION', 'AROUND', 'Crop', 'crop_camera', 'warp', 'Augmentation', 'draws',
            'colour_table', 'HandBatch', 'Crops', 'as_is', 'make_loader', 'Chosen', 'with_joints', 'PackedPictures',
-           'pack', 'bench_data']
+           'pack', 'pack_rows', 'bench_data']
 
-# %% ../nbs/14c_feeding.ipynb #6e1618d6
+# %% ../nbs/14c_feeding.ipynb #56407318
 import tempfile
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 from tqdm import tqdm
@@ -406,6 +408,50 @@ def _npy_header(length: int) -> bytes:
     "The 128 bytes before the numbers of a one-dimensional .npy of bytes."
     text = f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({length},), }}"
     return b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + text.ljust(117).encode() + b"\n"
+
+# %% ../nbs/14c_feeding.ipynb #a1f3308b
+def pack_rows(
+    folder: str | Path,                                     # made if it is not there
+    stamp: str,                                             # of all that the rows depend on
+    n: int,                                                 # rows
+    make: Callable[[int, int], dict[str, np.ndarray]],      # rows from, up to
+    block: int = 64,                                        # rows made at once
+    desc: str | None = None,                                # of the progress bar; None: no bar
+) -> dict[str, np.ndarray]:                                 # mapped: what is changed in memory stays there
+    "Open the rows kept in a folder, or make them. Raises DataError where the disk is full."
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):                         # a second process waits, and finds everything there
+        about = {"stamp": stamp, "rows": n, "done": 0, "names": []}
+        try:
+            found = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+            if (found["stamp"], found["rows"]) == (stamp, n) and all((folder / f"{name}.npy").is_file() for name in found["names"]): about = found
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        for first in tqdm(range(about["done"], n, block), desc=desc, unit="block", initial=about["done"] // block, total=-(-n // block), disable=desc is None):
+            last = min(first + block, n)
+            rows = make(first, last)
+            if not first: _need_space(folder, sum(x[0].nbytes for x in rows.values()) * n)
+            for name, values in rows.items(): _write_rows(folder / f"{name}.npy", values, first, n)
+            about |= {"done": last, "names": list(rows)}
+            write_text(folder / "index.json", json.dumps(about))
+    return {name: np.load(folder / f"{name}.npy", mmap_mode="c", allow_pickle=False) for name in about["names"]}
+
+
+def _need_space(folder: Path, size: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < size: raise DataError(f"{folder}: the cache needs {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; XDG_CACHE_HOME may name another disk")
+
+
+def _write_rows(path: Path, values: np.ndarray, first: int, n: int) -> None:
+    "Rows from `first` on of a .npy file of n rows; the first ones begin it."
+    try:
+        with open(path, "r+b" if first else "wb") as file:
+            np.lib.format.write_array_header_1_0(file, {"descr": values.dtype.str, "fortran_order": False, "shape": (n, *values.shape[1:])})
+            file.seek(first * values[0].nbytes, os.SEEK_CUR)
+            file.write(values.tobytes())
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
 
 # %% ../nbs/14c_feeding.ipynb #7c4a1398
 def _rate(work: Callable[[], int], seconds: float) -> tuple[float, float]:

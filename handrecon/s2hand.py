@@ -12,7 +12,8 @@ __all__ = ['RECIPES', 'REAL', 'HELD_OUT_SEED', 'DATASETS', 'DETECTION_TOLERANCE'
            'detect', 'with_branch', 'FitConfig', 'HandFit', 'reprojection_error', 'detection_box', 'joints_only',
            'similarity_2d', 'Start', 'viewpoint_starts', 'start_from', 'pose_prior', 'fit_to_detections', 'agree']
 
-# %% ../nbs/20_s2hand.ipynb #e21c91e4
+# %% ../nbs/20_s2hand.ipynb #678604e2
+import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
@@ -31,11 +32,12 @@ from .camera import project, unproject
 from .claims import Claim, Run, all_of, ordering, ratio_at_most, within
 from .conventions import Observation, Truth, joint_limits
 from .datasets import HandData, HandSample, mano_mesh, open_data
-from .feeding import Chosen, Crops, make_loader, with_joints
+from .feeding import Chosen, Crops, pack_rows, with_joints
 from .keypoint_branch import KeypointBranch, KeypointEstimate, consistency_loss, keypoint_loss, sigma_confidence
 from .losses import (
     bone_orientation_loss, joint_limit_loss, joint_location_loss, photometric_confidence, pixel_loss, scale_regularizer, shape_regularizer, ssim, ssim_loss, texture_regularizer)
 from .mano import HandMesh, HandModel, transform_mesh
+from .mano_files import _cache_folder as cache_folder
 from .metrics import evaluate_hands, mpjpe, point_errors, procrustes_align
 from .networks import FRONT_LIGHT, MEAN_SKIN, Appearance, Backbone, HandCode, HandEncoder, make_backbone
 from .point_features import PointFeatures
@@ -367,7 +369,7 @@ def _mesh_of(sample: HandSample, hand: HandModel | None) -> Float[Tensor, "V 3"]
     if hand is None or sample.mano is None: return torch.full((model.n_vertices, 3), torch.nan)
     return mano_mesh(sample, hand).vertices[0]
 
-# %% ../nbs/20_s2hand.ipynb #3df396ea
+# %% ../nbs/20_s2hand.ipynb #d5bd8758
 def load_real(
     dataset: str,                        # a key of REAL
     root: str | Path,
@@ -375,24 +377,47 @@ def load_real(
     held_out: bool = False,
     size: int = 224,                     # of the crops, pixels
     hand: HandModel | None = None,       # the model that the data set's parameters are of, full poses: for meshes that are not published
+    cache: str | Path | None = None,     # folder for the crops; None: the user's cache folder
 ) -> tuple[Observation, Truth]:
-    "Crops of the first n pictures of a real data set that have detections; half precision, in memory."
+    "Crops of the first n pictures of a real data set that have detections; half precision, mapped from files that are made at the first call."
     data = _open_split(dataset, root, held_out)
     if not (chosen := with_joints(data, "detected", 4)).indices:
         raise ValueError(f"{root}: no picture of {dataset}'s {REAL[dataset][held_out]} split has detections")
     chosen = Chosen(data, chosen.indices[:n])
     crops = Crops(chosen, size, REAL[dataset][2], masks=chosen.read_mask(0) is not None, threads=2)
-    parts = []
-    for batch in tqdm(make_loader(crops, 64, shuffle=False, drop_last=False), desc="reading pictures", unit="block"):
-        seen = batch.observation()
-        vertices = batch.vertices if batch.vertices is not None else torch.stack(
-            [_mesh_of(chosen.label(i), hand) for i in batch.index.tolist()]) @ batch.rotation.mT
-        unknown = lambda x, valid: x.masked_fill(~valid[..., None], torch.nan)
-        mask = torch.zeros(len(batch), size, size) if batch.mask is None else batch.mask
-        truth = Truth(vertices, unknown(batch.joints, batch.joints_valid), unknown(batch.keypoints, batch.keypoints_valid), mask.half(),
-                      torch.zeros(len(batch), 45), torch.zeros(len(batch), 10))
-        parts.append((replace(seen, image=seen.image.half()), truth))
-    return _joined(parts)
+    stamp = _crops_stamp(crops, hand)
+    rows = pack_rows(Path(cache or cache_folder()) / "crops" / stamp[:24], stamp, len(chosen), lambda a, b: _crop_rows(crops, range(a, b), hand), desc="reading pictures")
+    row = {name: torch.from_numpy(x) for name, x in rows.items()}
+    nothing = torch.zeros(1, 1)
+    return (Observation(*(row[f] for f in ("image", "K", "detected", "confidence"))),
+            Truth(row["vertices"], row["joints"], row["keypoints"], row["mask"] if "mask" in row else nothing[..., None].half().expand(len(chosen), size, size),
+                  nothing.expand(len(chosen), 45), nothing.expand(len(chosen), 10)))
+
+
+def _crop_rows(crops: Crops, rows: range, hand: HandModel | None) -> dict[str, np.ndarray]:
+    "What `load_real` keeps of some crops; NaN where nobody knows."
+    batch = crops.__getitems__(list(rows))
+    seen = batch.observation()
+    vertices = batch.vertices if batch.vertices is not None else torch.stack(
+        [_mesh_of(crops.data.label(i), hand) for i in batch.index.tolist()]) @ batch.rotation.mT
+    unknown = lambda x, valid: x.masked_fill(~valid[..., None], torch.nan)
+    kept = {"image": seen.image.half().contiguous(), "K": seen.K, "detected": seen.keypoints, "confidence": seen.confidence, "vertices": vertices,
+            "joints": unknown(batch.joints, batch.joints_valid), "keypoints": unknown(batch.keypoints, batch.keypoints_valid)}
+    if batch.mask is not None: kept["mask"] = batch.mask.half()
+    return {name: x.numpy() for name, x in kept.items()}
+
+
+def _crops_stamp(crops: Crops, hand: HandModel | None) -> str:
+    "Digest of all that a crop depends on: files' names, sizes and times, labels, settings, hand."
+    digest = hashlib.sha256(repr(("crops 1", crops.size, crops.around, crops.margin, crops.masks)).encode())
+    for i in range(len(crops.data)):
+        label, stat = crops.data.label(i), os.stat(crops.data.label(i).path)
+        digest.update(repr((label.path, stat.st_size, stat.st_mtime_ns, label.side)).encode())
+        for x in (label.K, label.detected, label.confidence, label.joints, label.keypoints, label.vertices):
+            digest.update(b"-" if x is None else x.numpy().tobytes())
+    if hand is not None:
+        for constant in hand.buffers(): digest.update(constant.numpy().tobytes())
+    return digest.hexdigest()
 
 # %% ../nbs/20_s2hand.ipynb #6e53abdb
 def _joined(blocks: list[tuple[Observation, Truth]]) -> tuple[Observation, Truth]:

@@ -3,6 +3,7 @@ import ast
 import inspect
 import textwrap
 from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,16 +13,17 @@ from hypothesis import strategies as st
 from handrecon import s2hand
 from handrecon.camera import project
 from handrecon.conventions import Observation, Truth, joint_limits
+from handrecon.feeding import Crops
 from handrecon.mano import HandMesh
 from handrecon.metrics import pa_mpjpe
 from handrecon.proxy_hand import POSTURES, posture, proxy_hand, sample_poses, sample_shapes
 from handrecon.rotation import axis_angle_to_matrix, matrix_to_axis_angle, random_rotations
 from handrecon.s2hand import (
     RECIPES, FitConfig, Pictures, Prediction, S2Hand, S2HandConfig, detection_box, fit_to_detections, joints_only, learn, load, load_real, load_synthetic, loss_terms,
-    loss_terms_supervised, move_camera, place_translation, predict, predict_mean_pose, report_grid, reprojection_error, save, score, self_supervised, similarity_2d, stages, supervised)
+    _open_split, loss_terms_supervised, move_camera, place_translation, predict, predict_mean_pose, report_grid, reprojection_error, save, score, self_supervised, similarity_2d, stages, supervised)
 from handrecon.layouts import write_layout
 from handrecon.synthetic import SyntheticConfig, make_batch, write_freihand
-from handrecon.training import TrainConfig, fit
+from handrecon.training import TrainConfig, fit, map_tensors
 
 SMALL = S2HandConfig(backbone="small", image_size=64, rotation="6d", canonical_focal=2.14, z_bias=0.45, bone_length=0.0, head_gain=30.0)
 TINY = replace(RECIPES["smoke"], train=TrainConfig(steps=3, batch_size=4), photo=0.5)
@@ -243,7 +245,13 @@ def test_synthetic_pictures_are_determined_by_the_seed():
     assert torch.equal(a, b) and not torch.equal(a, c)
 
 
-def test_freihand_layout(tmp_path):
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache/handrecon/crops"
+
+
+def test_freihand_layout(tmp_path, own_cache):
     write_freihand(tmp_path / "fh", 4, config=SyntheticConfig(image_size=64), evaluation=2, progress=False)
     for held_out, n in ((False, 4), (True, 2)):
         seen, known = load_real("freihand", tmp_path / "fh", 10, held_out, size=64)
@@ -259,7 +267,37 @@ def test_freihand_layout(tmp_path):
     with pytest.raises(ValueError, match="no folder of that name"): load_real("ho3d", tmp_path / "nowhere", 4)
 
 
-def test_ho3d_layout_learns_and_is_scored(tmp_path):
+def test_crops_are_made_once_and_a_killed_run_goes_on(tmp_path, own_cache, monkeypatch):
+    write_freihand(tmp_path / "fh", 130, config=SyntheticConfig(image_size=64), evaluation=1, progress=False)
+    read, asked = Crops.__getitems__, []
+    def dies(self, indices):
+        asked.append(indices[0])
+        if len(asked) == 2: raise KeyboardInterrupt
+        return read(self, indices)
+    monkeypatch.setattr(Crops, "__getitems__", dies)
+    with pytest.raises(KeyboardInterrupt): load_real("freihand", tmp_path / "fh", 130, size=32)
+    seen, known = load_real("freihand", tmp_path / "fh", 130, size=32)
+    assert asked == [0, 64, 64, 128]                                                                          # the first block was not made again
+    again, _ = load_real("freihand", tmp_path / "fh", 130, size=32)
+    assert len(asked) == 4 and torch.equal(again.image, seen.image) and len(list(own_cache.iterdir())) == 1
+    whole = Crops(_open_split("freihand", tmp_path / "fh", False), 32)
+    assert torch.equal(seen.image[100].float(), read(whole, [100]).observation().image[0].half().float())
+    batches = Pictures(seen, known, 8, turn=0.2)
+    assert torch.equal(batches.batch_at(0)[0].image, Pictures(map_tensors(seen, torch.clone), map_tensors(known, torch.clone), 8, turn=0.2).batch_at(0)[0].image)
+    load_real("freihand", tmp_path / "fh", 130, size=48)
+    assert len(list(own_cache.iterdir())) == 2                                                                # another size is another cache
+    (tmp_path / "fh/training/rgb/00000007.jpg").write_bytes((tmp_path / "fh/training/rgb/00000008.jpg").read_bytes())
+    assert torch.equal(*load_real("freihand", tmp_path / "fh", 130, size=32)[0].image[7:9])                   # another picture, too
+
+
+def test_a_full_disk_is_told_before_anything_is_written(tmp_path, own_cache, monkeypatch):
+    write_freihand(tmp_path / "fh", 2, config=SyntheticConfig(image_size=64), evaluation=1, progress=False)
+    monkeypatch.setattr("handrecon.feeding.shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
+    with pytest.raises(ValueError, match="needs 0.00 GB, 0.00 GB are free; XDG_CACHE_HOME"): load_real("freihand", tmp_path / "fh", 2, size=64)
+    assert not list(own_cache.rglob("*.npy"))
+
+
+def test_ho3d_layout_learns_and_is_scored(tmp_path, own_cache):
     write_layout("ho3d", tmp_path / "ho", 8, evaluation=4, block=4, progress=False)
     seen, known = load_real("ho3d", tmp_path / "ho", 8, size=64)
     assert seen.image.shape[1:] == (3, 64, 64) and not known.mask.any() and known.vertices.isnan().all()      # no masks, no published meshes
