@@ -1,6 +1,7 @@
 """From found hands to result files: conventions, choices, empty results."""
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -10,11 +11,13 @@ import torch
 from handrecon import every_hand
 from handrecon.camera import project
 from handrecon.every_hand import Finder, as_hand_3d, choose_finder, draw_found, reconstruct_every_hand
-from handrecon.multihand import RECIPES, FoundHand, MultiHand, save
+from handrecon.multihand import RECIPES, FoundHand, MultiHand, load, save
 from handrecon.proxy_hand import proxy_hand, sample_poses
-from handrecon.reconstruct import InputError, guess_intrinsics
+from handrecon.reconstruct import InputError, Source, guess_intrinsics
+from handrecon.scenes import SceneConfig, make_scenes
+from handrecon.training import packaged
 from handrecon.video import read_animation
-from handrecon.viz import save_picture
+from handrecon.viz import save_picture, to_picture
 
 K = torch.tensor([[200.0, 0, 64], [0, 200, 48], [0, 0, 1]])
 
@@ -53,6 +56,21 @@ def test_files_and_an_empty_result(model, photo, tmp_path):
     assert (tmp_path / "none/photo.overlay.png").exists()
 
 
+@pytest.mark.parametrize("turned", [0, 1, 2, 3])
+def test_a_hand_is_looked_at_from_the_side_it_is_best_seen_from(turned):
+    finder = Finder(load(packaged("multihand")), focal=300.0)
+    scenes = make_scenes(6, 5, SceneConfig(image_size=256, focal=300.0, hands=(1, 1), size=(100.0, 110.0), view_spread=0.1, border=0.0, contact=0.0))
+    pictures = [to_picture(image) for image in scenes.image]
+    rolled = [np.ascontiguousarray(np.rot90(picture, turned)) for picture in pictures]        # counter-clockwise: as many quarters clockwise put it right
+    source = Source(Path("scene.png"), "scene", False, 256, 256, 1, 0.0)
+    assert finder.quarter(source, rolled) == turned
+    (upright,), (found,) = finder(source, pictures[0], 0), finder(source, rolled[0], turned)
+    x, y = upright.keypoints.T
+    for _ in range(turned): x, y = y, 256 - x
+    assert (found.keypoints - torch.stack([x, y], 1)).norm(dim=-1).mean() < 3 and found.side == upright.side
+    assert torch.allclose(found.joints[:, 2], upright.joints[:, 2], atol=0.02)
+
+
 def test_nothing_is_drawn_where_nothing_was_found(model):
     picture = np.full((64, 64, 3), 50, np.uint8)
     assert (draw_found(picture, [], Finder(model)) == picture).all()
@@ -61,7 +79,9 @@ def test_nothing_is_drawn_where_nothing_was_found(model):
 class Scripted(Finder):
     "Finds the flat hands of a script, which frame's number is the grey of the picture; counts its looks."
 
-    def __call__(self, source, picture):
+    def quarter(self, source, pictures): return 0
+
+    def __call__(self, source, picture, quarter=None):
         frame = round(float(picture.mean()) / 8)
         if frame in self.killed: raise KeyboardInterrupt
         self.looks.append(frame)
