@@ -458,7 +458,7 @@ def table(rows: list[dict]) -> list[str]:
     cells = [[_COLUMNS[k][0] for k in keys], ["---"] * len(keys), *([_COLUMNS[k][1](row[k]) for k in keys] for row in rows)]
     return ["| " + " | ".join(line) + " |" for line in cells]
 
-# %% ../nbs/32_bench.ipynb #03a09237
+# %% ../nbs/32_bench.ipynb #8e1d0b56
 def _plot(record: dict[str, dict], folder: Path) -> list[str]:
     "Draw how cost grows; names of the files."
     from matplotlib.figure import Figure     # no window, no global state
@@ -486,12 +486,12 @@ def _plot(record: dict[str, dict], folder: Path) -> list[str]:
         ax.minorticks_off()
         ax.tick_params("y", labelsize=7)
         if i % across == 0: ax.set_ylabel("ms with gradients", size=8)
-        if len(lines) > 1: ax.legend(frameon=False, fontsize=6)
+        if len(lines) > 1: ax.legend(frameon=False, fontsize=6, loc="upper left")
     figure.tight_layout()
     figure.savefig(folder / "performance.png")
     return ["performance.png"]
 
-# %% ../nbs/32_bench.ipynb #3887bab8
+# %% ../nbs/32_bench.ipynb #a908c86a
 _TITLES = {
     "mano": ("The hand layer", "45 angles, ten shape numbers and a rotation to 778 vertices and 21 joints, float32. The last column compares forward plus backward. Our layer skips products with zeros; the row without zeros shows what that is worth. "
              "On CUDA, where Triton is installed, the layer has kernels of its own: six launches forwards and backwards. They are proved in Triton's interpreter and compile, and have never yet run on a GPU; "
@@ -511,7 +511,7 @@ def write_page(
 ) -> None:
     "The record as a page with tables and plots."
     path = Path(path)
-    lines = ["# Performance", "", "Written by `handrecon bench --json FILE --page FILE` from the record beside it. Medians; programs that are compared take turns in one run. `OMP_WAIT_POLICY` was left alone: PASSIVE, which our Makefile sets for the sake of busy machines, makes other libraries' parallel loops up to four times slower and would flatter ours. "
+    lines = ["# Performance", "", "Written by `handrecon bench --json FILE --page FILE` from the record beside it. Medians; programs that are compared take turns in one run, each for 50 ms at a time, of which the second half counts: as in a loop of its own. `OMP_WAIT_POLICY` was left alone: PASSIVE, which our Makefile sets for the sake of busy machines, makes other libraries' parallel loops up to four times slower and would flatter ours. "
              "On a machine that others use too, differences below a factor of 1.4 mean nothing; where the load was above the number of cores, times are several times too long, and only the ratios say something.", ""]
     lines += [f"![How cost grows]({name})\n" for name in _plot(record, path.parent)]
     for part, found in record.items():
