@@ -63,12 +63,19 @@ def test_a_hand_is_looked_at_from_the_side_it_is_best_seen_from(turned):
     pictures = [to_picture(image) for image in scenes.image]
     rolled = [np.ascontiguousarray(np.rot90(picture, turned)) for picture in pictures]        # counter-clockwise: as many quarters clockwise put it right
     source = Source(Path("scene.png"), "scene", False, 256, 256, 1, 0.0)
-    assert finder.quarter(source, rolled) == turned
+    assert finder.sides(source, rolled).mean(0).argmax() == turned
     (upright,), (found,) = finder(source, pictures[0], 0), finder(source, rolled[0], turned)
     x, y = upright.keypoints.T
     for _ in range(turned): x, y = y, 256 - x
     assert (found.keypoints - torch.stack([x, y], 1)).norm(dim=-1).mean() < 3 and found.side == upright.side
     assert torch.allclose(found.joints[:, 2], upright.joints[:, 2], atol=0.02)
+
+
+def test_a_film_is_turned_with_the_hand_and_not_by_one_odd_frame():
+    up, over = np.array([0.5, 0.2, 0.2, 0.2]), np.array([0.2, 0.2, 0.5, 0.2])
+    assert every_hand.steady_quarters(np.array([up, up, over, over, over]), 64) == [0] * 20 + [2] * 44
+    assert every_hand.steady_quarters(np.array([up, up, 0.9 * over, up, up]), 60) == [0] * 60
+    assert every_hand.steady_quarters(np.array([over]), 3) == [2, 2, 2]
 
 
 def test_nothing_is_drawn_where_nothing_was_found(model):
@@ -79,7 +86,7 @@ def test_nothing_is_drawn_where_nothing_was_found(model):
 class Scripted(Finder):
     "Finds the flat hands of a script, which frame's number is the grey of the picture; counts its looks."
 
-    def quarter(self, source, pictures): return 0
+    def sides(self, source, pictures): return np.eye(4)[[0] * len(pictures)]
 
     def __call__(self, source, picture, quarter=None):
         frame = round(float(picture.mean()) / 8)
