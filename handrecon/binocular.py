@@ -11,8 +11,7 @@ __all__ = ['FARTHEST_HAND', 'RECIPES', 'DATASETS', 'HELD_OUT_SEED', 'CLAIMS', 'B
            'save', 'load', 'FittedHand', 'fit_hand', 'joint_errors', 'report_grid', 'find_in_right',
            'reconstruct_files']
 
-# %% ../nbs/22_binocular.ipynb #4ca2527e
-import fcntl
+# %% ../nbs/22_binocular.ipynb #54960770
 import hashlib
 import json
 import time
@@ -24,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from jaxtyping import Float, Int, UInt8
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -378,12 +378,11 @@ def _digits(settings: dict) -> str:
     "Twelve hexadecimal digits that stand for settings."
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
-# %% ../nbs/22_binocular.ipynb #3225ae23
+# %% ../nbs/22_binocular.ipynb #39a03735
 def _kept(file: Path, make) -> tuple[dict[str, Tensor], dict, bool]:
     "Tensors and notes of `file`, made and kept there the first time; a second process waits for the first."
     file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(file.with_suffix(".lock")):
         if file.exists():
             with safe_open(file, framework="pt") as stored: notes = json.loads(stored.metadata()["notes"])
             return load_file(file), notes, True

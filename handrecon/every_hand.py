@@ -54,8 +54,13 @@ def refine(
     better = reconstruct_hands([picture] * len(hands), [h.K for h in hands], wanted, network)
     return [replace(b, score=h.score) for b, h in zip(better, hands)]
 
-# %% ../nbs/18c_every_hand.ipynb #d0d94b2d
+# %% ../nbs/18c_every_hand.ipynb #ac7cc668
 UPRIGHT = 0.03   # of a score
+
+
+def _sureness(looks: list[list[FoundHand]]) -> Float[np.ndarray, "4"]:
+    "The best hand's score of each look; upright, the first, is given `UPRIGHT` more."
+    return np.array([max((h.score for h in found), default=0.0) for found in looks]) + [UPRIGHT, 0, 0, 0]
 
 
 @dataclass(frozen=True)
@@ -68,15 +73,14 @@ class Finder:
     network: S2Hand | None = None     # refines each hand where given
     name: str = "multihand"           # for the record
 
-    def look(self, source: Source, picture: UInt8[np.ndarray, "H W 3"], *quarters: int) -> list[FoundHand]:
-        "What the network finds in the picture turned clockwise by so many times 90°."
-        pixels = torch.from_numpy(picture).permute(2, 0, 1).float() / 255
-        return find_hands(self.model, pixels, guess_intrinsics(source.height, source.width, self.focal), self.min_score, self.max_hands, quarters=quarters)
+    def look(self, source: Source, picture: UInt8[np.ndarray, "H W 3"], *quarters: int) -> list[list[FoundHand]]:
+        "What the network finds in the picture turned clockwise by so many times 90°: a list for each turn."
+        pixels, K = torch.from_numpy(picture).permute(2, 0, 1).float() / 255, guess_intrinsics(source.height, source.width, self.focal)
+        return [find_hands(self.model, pixels, K, self.min_score, self.max_hands, quarters=(q,)) for q in quarters]
 
     def sides(self, source: Source, pictures: Sequence[UInt8[np.ndarray, "H W 3"]]) -> Float[np.ndarray, "n 4"]:
         "The best hand's score in each picture turned by 0, 90, 180 and 270°; upright is given `UPRIGHT` more."
-        best = np.array([[max((h.score for h in self.look(source, p, q)), default=0.0) for q in range(4)] for p in pictures])
-        return best + [UPRIGHT, 0, 0, 0]
+        return np.array([_sureness(self.look(source, p, 0, 1, 2, 3)) for p in pictures])
 
     def __call__(
         self,
@@ -85,9 +89,9 @@ class Finder:
         quarter: int | None = None,     # times 90° that the picture is turned clockwise; None: the side from which it is surest
     ) -> list[Hand3D]:
         "All hands of a picture, best first."
-        if quarter is None: quarter = int(self.sides(source, [picture])[0].argmax())
-        K = guess_intrinsics(source.height, source.width, self.focal)
-        found = [as_hand_3d(h, K, self.model) for h in self.look(source, picture, quarter)]
+        K, looks = guess_intrinsics(source.height, source.width, self.focal), self.look(source, picture, *(range(4) if quarter is None else [quarter]))
+        chosen = looks[_sureness(looks).argmax()] if quarter is None else looks[0]
+        found = [as_hand_3d(h, K, self.model) for h in chosen]
         found = [h for h in found if bool((h.vertices[:, 2] > 0.01).all())]
         return found if self.network is None else refine(picture, found, self.network)
 

@@ -104,18 +104,17 @@ class Rendering(NamedTuple):
     depth: Float[Tensor, "B H W"]         # z at pixel centres, metres; 0 where nothing is seen
     fragments: Fragments
 
-# %% ../nbs/06_render.ipynb #22442647
-def _render_in_place(vertices, faces, K, image_size, texture, light, background, cull_back_faces, near) -> Rendering:
+# %% ../nbs/06_render.ipynb #04d74058
+def _render_in_place(vertices, faces, K, image_size, texture, lamp, background, cull_back_faces, near) -> Rendering:
     "`render` without a copy to the processor."
     from handrecon.cuda_raster import paint_cuda
     normals = face_normals if texture.shape[1] == len(faces) else vertex_normals
-    if isinstance(light, Tensor): light = light_from_vector(light)
-    lit = texture if light is None else shade(texture, normals(vertices, faces), light)
+    lit = shade(texture, normals(vertices, faces), light_from_vector(lamp)) if len(lamp) else texture
     fragments, painted = paint_cuda(vertices, faces, K, tuple(image_size), lit, background, cull_back_faces, near)
     mixed = antialias(painted, fragments, vertices, faces, K, near)
     return Rendering(mixed[:, :3], mixed[:, 3], fragments.depth, fragments)
 
-# %% ../nbs/06_render.ipynb #e27d5231
+# %% ../nbs/06_render.ipynb #b416659f
 def render(
     vertices: Float[Tensor, "B V 3"],                     # camera axes, metres
     faces: Int[Tensor, "F 3"],                            # vertex indices, counter-clockwise seen from outside
@@ -131,10 +130,10 @@ def render(
     check_mesh(vertices, faces, K)
     if texture.shape[1] not in (len(faces), vertices.shape[1]):
         raise ValueError(f"texture must have a row for each of {vertices.shape[1]} vertices or {len(faces)} faces, found {texture.shape[1]}")
-    if drawn_in_place(vertices): return _render_in_place(vertices, faces, K, image_size, texture, light, background, cull_back_faces, near)
     if light is None: lamp = vertices.new_empty(0, 11)
     else: lamp = torch.cat([part.reshape(len(vertices), -1) for part in light], 1) if isinstance(light, Light) else light
     if lamp.shape not in ((0, 11), (len(vertices), 11)): raise ValueError(f"light must be a Light or ({len(vertices)}, 11), found {tuple(lamp.shape)}")
+    if drawn_in_place(vertices): return _render_in_place(vertices, faces, K, image_size, texture, lamp, background, cull_back_faces, near)
     behind = vertices.new_empty(0, 3, 0, 0) if background is None else background
     image, alpha, depth, index, barycentric = FusedRender.apply(
         vertices, texture, lamp, behind, faces, K.to(vertices.dtype), tuple(image_size), cull_back_faces, near)

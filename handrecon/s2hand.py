@@ -12,7 +12,7 @@ __all__ = ['RECIPES', 'REAL', 'HELD_OUT_SEED', 'DATASETS', 'DETECTION_TOLERANCE'
            'detect', 'with_branch', 'FitConfig', 'HandFit', 'reprojection_error', 'detection_box', 'joints_only',
            'similarity_2d', 'Start', 'viewpoint_starts', 'start_from', 'pose_prior', 'fit_to_detections', 'agree']
 
-# %% ../nbs/20_s2hand.ipynb #678604e2
+# %% ../nbs/20_s2hand.ipynb #7248e04f
 import hashlib
 import os
 from collections.abc import Callable
@@ -32,7 +32,7 @@ from .camera import project, unproject
 from .claims import Claim, Run, all_of, ordering, ratio_at_most, within
 from .conventions import Observation, Truth, joint_limits
 from .datasets import HandData, HandSample, mano_mesh, open_data
-from .feeding import Chosen, Crops, pack_rows, with_joints
+from .feeding import Chosen, Crops, pack_rows, with_joints, _stamp as files_stamp
 from .keypoint_branch import KeypointBranch, KeypointEstimate, consistency_loss, keypoint_loss, sigma_confidence
 from .losses import (
     bone_orientation_loss, joint_limit_loss, joint_location_loss, photometric_confidence, pixel_loss, scale_regularizer, shape_regularizer, ssim, ssim_loss, texture_regularizer)
@@ -369,7 +369,7 @@ def _mesh_of(sample: HandSample, hand: HandModel | None) -> Float[Tensor, "V 3"]
     if hand is None or sample.mano is None: return torch.full((model.n_vertices, 3), torch.nan)
     return mano_mesh(sample, hand).vertices[0]
 
-# %% ../nbs/20_s2hand.ipynb #d5bd8758
+# %% ../nbs/20_s2hand.ipynb #fc399cf0
 def load_real(
     dataset: str,                        # a key of REAL
     root: str | Path,
@@ -410,9 +410,10 @@ def _crop_rows(crops: Crops, rows: range, hand: HandModel | None) -> dict[str, n
 def _crops_stamp(crops: Crops, hand: HandModel | None) -> str:
     "Digest of all that a crop depends on: files' names, sizes and times, labels, settings, hand."
     digest = hashlib.sha256(repr(("crops 1", crops.size, crops.around, crops.margin, crops.masks)).encode())
-    for i in range(len(crops.data)):
-        label, stat = crops.data.label(i), os.stat(crops.data.label(i).path)
-        digest.update(repr((label.path, stat.st_size, stat.st_mtime_ns, label.side)).encode())
+    labels = [crops.data.label(i) for i in range(len(crops.data))]
+    digest.update(files_stamp([label.path for label in labels]).encode())
+    for label in labels:
+        digest.update(str(label.side).encode())
         for x in (label.K, label.detected, label.confidence, label.joints, label.keypoints, label.vertices):
             digest.update(b"-" if x is None else x.numpy().tobytes())
     if hand is not None:

@@ -9,7 +9,7 @@ __all__ = ['BLOCK', 'LARGEST', 'Track', 'link_tracks', 'stretches', 'steady', 'H
            'adapt', 'Clip', 'write_animation', 'read_animation', 'plot_track', 'VideoResult', 'solve_video',
            'finish_video']
 
-# %% ../nbs/18b_video.ipynb #352a31d0
+# %% ../nbs/18b_video.ipynb #916499e6
 import hashlib
 import json
 import os
@@ -38,7 +38,7 @@ from .render import vertex_normals
 from .reconstruct import Hand2D, Hand3D, Source, ask, axis_angle_hand, crop_observation, guess_intrinsics, guessed, read_frames, stack, upright_roll
 from .rotation import axis_angle_to_matrix, axis_angle_to_quaternion, matrix_to_axis_angle, matrix_to_rotation_6d, quaternion_angle, quaternion_to_axis_angle, quaternion_to_matrix, rotation_6d_to_matrix
 from .s2hand import FitConfig, S2Hand, S2HandOutput, detection_box, fit_to_detections, joints_only, move_camera, reprojection_error, _unlikely as unlikely
-from .sequences import average_rotations, continuous_clips, smooth_in_time
+from .sequences import AVERAGE, average_rotations, continuous_clips, smooth_in_time
 from .temporal import canonical_normals, detour, hand_quaternions, lit_texture, transition
 from .viz import linear_rgb
 
@@ -205,8 +205,8 @@ def share_shape(found: Hands, model: HandModel) -> Hands:
         values["shape"][rows], values["scale"][rows] = new, size
     return found._replace(values=values)
 
-# %% ../nbs/18b_video.ipynb #c9b65e28
-def average_tracks(found: Hands, tracks: list[Track], sigma: float = 1.5) -> Hands:
+# %% ../nbs/18b_video.ipynb #c0322238
+def average_tracks(found: Hands, tracks: list[Track], sigma: float = AVERAGE) -> Hands:
     "Rotations and wrists of each stretch of a track, averaged over neighbouring frames; shape and scale must be the track's own already."
     values = {k: v.copy() for k, v in found.values.items()}
     for n, track in enumerate(tracks):
@@ -321,7 +321,7 @@ def mend(keys: Placed, seen: Observation, at: Float[Tensor, "K"], hand: HandMode
     for v, new in zip(out, again): v[odd.nonzero().flatten()[better]] = new[better]
     return Placed(*out)
 
-# %% ../nbs/18b_video.ipynb #6b385e61
+# %% ../nbs/18b_video.ipynb #ccc8c3b8
 def side_by_side(works: Sequence[Callable[[], dict]]) -> Iterator[dict]:
     "The results in order; as many works at a time as torch has threads, each on a thread of its own."
     threads = torch.get_num_threads()
@@ -340,8 +340,8 @@ def windows_of(
     "Overlapping windows of equal length, none longer than `smooth.window`."
     step = smooth.window - smooth.overlap
     n = max(1, -(-(b - a - smooth.overlap) // step))
-    edges = [a + i * (b - a - smooth.overlap) // n for i in range(n)]
-    return [(first, (edges[1:] + [b - smooth.overlap])[i] + smooth.overlap) for i, first in enumerate(edges)]
+    edges = [a + i * (b - a - smooth.overlap) // n for i in range(n + 1)]
+    return [(first, last + smooth.overlap) for first, last in zip(edges, edges[1:])]
 
 # %% ../nbs/18b_video.ipynb #70b40651
 def fit_stretches(

@@ -56,11 +56,15 @@ def test_files_and_an_empty_result(model, photo, tmp_path):
     assert (tmp_path / "none/photo.overlay.png").exists()
 
 
-@pytest.mark.parametrize("turned", [0, 1, 2, 3])
-def test_a_hand_is_looked_at_from_the_side_it_is_best_seen_from(turned):
-    finder = Finder(load(packaged("multihand")), focal=300.0)
+@pytest.fixture(scope="module")
+def upright_hands():
     scenes = make_scenes(6, 5, SceneConfig(image_size=256, focal=300.0, hands=(1, 1), size=(100.0, 110.0), view_spread=0.1, border=0.0, contact=0.0))
-    pictures = [to_picture(image) for image in scenes.image]
+    return Finder(load(packaged("multihand")), focal=300.0), [to_picture(image) for image in scenes.image]
+
+
+@pytest.mark.parametrize("turned", [0, 1, 2, 3])
+def test_a_hand_is_looked_at_from_the_side_it_is_best_seen_from(turned, upright_hands):
+    finder, pictures = upright_hands
     rolled = [np.ascontiguousarray(np.rot90(picture, turned)) for picture in pictures]        # counter-clockwise: as many quarters clockwise put it right
     source = Source(Path("scene.png"), "scene", False, 256, 256, 1, 0.0)
     assert finder.sides(source, rolled).mean(0).argmax() == turned
@@ -69,6 +73,8 @@ def test_a_hand_is_looked_at_from_the_side_it_is_best_seen_from(turned):
     for _ in range(turned): x, y = y, 256 - x
     assert (found.keypoints - torch.stack([x, y], 1)).norm(dim=-1).mean() < 3 and found.side == upright.side
     assert torch.allclose(found.joints[:, 2], upright.joints[:, 2], atol=0.02)
+    best = finder(source, rolled[0], int(finder.sides(source, rolled[:1])[0].argmax()))
+    assert [h.score for h in finder(source, rolled[0])] == [h.score for h in best]              # left to itself, it takes the side from which it is surest
 
 
 def test_a_film_is_turned_with_the_hand_and_not_by_one_odd_frame():
