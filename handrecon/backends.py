@@ -6,7 +6,7 @@
 __all__ = ['engine', 'to_ndc', 'rasterize', 'render', 'manopth_layer', 'manotorch_layer', 'ManopthHand', 'hand_layer',
            'PictureToHand', 'example_input', 'export_onnx', 'OnnxHand', 'onnx_agreement']
 
-# %% ../nbs/33_backends.ipynb #d27e110c
+# %% ../nbs/33_backends.ipynb #8c972b33
 import importlib
 import os
 import sys
@@ -26,7 +26,7 @@ from .contour import antialias
 from .mano import HandMesh, HandModel
 from .raster import NEAR, Fragments, check_mesh
 from .raster import rasterize as own_rasterize
-from .render import Light, Rendering, face_normals, interpolate, shade
+from .render import Light, Rendering, face_normals, interpolate, light_from_vector, shade
 from .render import render as own_render
 
 # %% ../nbs/33_backends.ipynb #6b8afd55
@@ -104,14 +104,14 @@ def _pytorch3d_light(vertices, faces, texture, light: Light) -> Float[Tensor, "B
                              specular_color=torch.zeros_like(light.direction), direction=light.direction, device=vertices.device)
     return texture * (lamp.ambient_color[:, None] + lamp.diffuse(normals))
 
-# %% ../nbs/33_backends.ipynb #ba1121b4
+# %% ../nbs/33_backends.ipynb #ca38d22c
 def render(
     vertices: Float[Tensor, "B V 3"],                     # camera axes, metres
     faces: Int[Tensor, "F 3"],                            # counter-clockwise seen from outside
     K: Float[Tensor, "B 3 3"],                            # pixels
     image_size: tuple[int, int],                          # height, width
     texture: Float[Tensor, "B N 3"],                      # albedo in [0, 1], one row a vertex or one row a face
-    light: Light | None = None,
+    light: Light | Float[Tensor, "B 11"] | None = None,    # by name, or the numbers of `light_from_vector`
     background: Float[Tensor, "B 3 H W"] | None = None,
     cull_back_faces: bool = False,
     near: float = NEAR,                                   # metres
@@ -123,6 +123,7 @@ def render(
         return own_render(vertices, faces, K, image_size, texture, light, background, cull_back_faces, near)
     if texture.shape[1] not in (len(faces), vertices.shape[1]):
         raise ValueError(f"texture must have a row for each of {vertices.shape[1]} vertices or {len(faces)} faces, found {texture.shape[1]}")
+    if isinstance(light, Tensor): light = light_from_vector(light)
     fragments = rasterize(vertices, faces, K, image_size, cull_back_faces, near, backend)
     lit = texture if light is None else _pytorch3d_light(vertices, faces, texture, light)
     return _compose(fragments, lit, vertices, faces, K, background, near)

@@ -9,9 +9,8 @@ __all__ = ['Number', 'WORDS', 'Judge', 'FIELDS', 'BEGUN', 'RECORD', 'COLORS', 'P
            'find_claims', 'handbook_folder', 'at_profile', 'ledger_row', 'missing_runs', 'finished_record', 'alone',
            'make_record', 'run_claim', 'run_claims', 'drawn', 'forest_plot', 'section', 'page', 'update']
 
-# %% ../nbs/34_claims.ipynb #b196cdc6
+# %% ../nbs/34_claims.ipynb #021c9275
 import contextlib
-import fcntl
 import importlib
 import json
 import math
@@ -24,6 +23,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 import handrecon
 from . import runs
@@ -350,15 +351,14 @@ def finished_record(results: Path, expected: dict[str, Any]) -> dict[str, Any] |
             return read_record(path, expected)
     return None
 
-# %% ../nbs/34_claims.ipynb #f312b916
+# %% ../nbs/34_claims.ipynb #24fb8d30
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[bool]:
     "True for the one process that may work in this folder; the system lets go of it when that process ends, however it ends."
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
-        try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError: yield False
-        else: yield True
+    try:
+        with FileLock(folder / ".lock", timeout=0): yield True
+    except Timeout: yield False
 
 # %% ../nbs/34_claims.ipynb #108f7717
 def make_record(claim: Claim, run: Run, seed: int, results: Path, work: Path) -> str:

@@ -20,6 +20,7 @@ from handrecon.proxy_hand import proxy_hand
 from handrecon.raster import host, project_vertices, rasterize, rasterize_reference
 from handrecon.render import light_from_vector, render
 from handrecon.rotation import axis_angle_to_matrix
+from raster_fixtures import soup
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed (it comes with PyTorch for CUDA, or as handrecon[cuda])")
 HAND = proxy_hand()
@@ -40,15 +41,6 @@ def hands(seed, size, dtype=torch.float64, batch=2):
     height, width = size
     K = torch.tensor([[2.6 * width, 0.3, width / 2], [0, 2.5 * height, height / 2 + 1], [0, 0, 1]]).repeat(batch, 1, 1)
     return vertices.to(dtype), HAND.faces, K.to(dtype), size
-
-
-def soup(seed, faces=40, size=24, batch=2):
-    "Random triangles, intersecting and overlapping, some of them out of the picture or behind the camera."
-    g = torch.Generator().manual_seed(seed)
-    centre = (torch.rand(batch, faces, 1, 3, generator=g) - 0.5) * torch.tensor([0.8, 0.8, 2.2]) + torch.tensor([0, 0, 1.0])
-    vertices = (centre + 0.25 * (torch.rand(batch, faces, 3, 3, generator=g) - 0.5)).flatten(1, 2).double()
-    K = torch.tensor([[1.2 * size, 0.3, size / 2], [0, 1.3 * size, size / 2 + 1], [0, 0, 1]]).double().repeat(batch, 1, 1)
-    return vertices, torch.arange(3 * faces).view(-1, 3), K, (size, size + 5)
 
 
 def random(seed, *shape, dtype=torch.float64):
@@ -88,7 +80,7 @@ def test_way_back_to_the_camera_is_the_projections_derivative():
 @settings(max_examples=12, deadline=None)
 @given(st.integers(0, 2**20), SIZES, st.booleans(), st.booleans())
 def test_contour_is_that_of_the_loops(seed, size, single, triangles):
-    vertices, faces, K, size = soup(seed) if triangles else hands(seed, size)
+    vertices, faces, K, size = soup(seed, depth=2.2) if triangles else hands(seed, size)
     if single: vertices, K = vertices.float(), K.float()
     fragments = rasterize(vertices, faces, K, size)
     screen = project_vertices(host(vertices), host(K), raster.NEAR)
@@ -165,7 +157,7 @@ def test_in_single_precision_faces_differ_only_by_rounding_at_edges():
 @settings(max_examples=6, deadline=None)
 @given(st.integers(0, 2**20), st.booleans())
 def test_soup_of_triangles(seed, cull):
-    scene = soup(seed)
+    scene = soup(seed, depth=2.2)
     (ours, mine), (theirs, other) = (gradients(lambda v: function(v, *scene[1:], cull)[1:], [scene[0]]) for function in (rasterize_cuda, rasterize))
     assert (rasterize_cuda(*scene, cull).face_index == rasterize(*scene, cull).face_index).all()
     for a, b in zip(ours, theirs): torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
@@ -174,7 +166,7 @@ def test_soup_of_triangles(seed, cull):
 
 @needs_triton
 def test_agrees_with_plain_torch():
-    vertices, faces, K, size = soup(11, faces=25)
+    vertices, faces, K, size = soup(11, faces=25, depth=2.2)
     vertices[..., 2].clamp_(min=0.3)
     (ours, mine), (theirs, other) = (gradients(lambda v: function(v, faces, K, size)[1:], [vertices]) for function in (rasterize_cuda, rasterize_reference))
     for a, b in zip(ours, theirs): torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)

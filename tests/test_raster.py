@@ -12,17 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from handrecon.raster import rasterize, rasterize_reference
+from raster_fixtures import soup
 
 GOLDENS = sorted((Path(__file__).parent / "goldens" / "pytorch3d").glob("*.npz"))
-
-
-def soup(seed, faces=40, size=24, batch=2):
-    "Random triangles, intersecting and overlapping, some of them out of the picture."
-    g = torch.Generator().manual_seed(seed)
-    centre = (torch.rand(batch, faces, 1, 3, generator=g) - 0.5) * torch.tensor([0.8, 0.8, 0.6]) + torch.tensor([0, 0, 1.0])
-    vertices = (centre + 0.25 * (torch.rand(batch, faces, 3, 3, generator=g) - 0.5)).flatten(1, 2).double()
-    K = torch.tensor([[1.2 * size, 0.3, size / 2], [0, 1.3 * size, size / 2 + 1], [0, 0, 1]]).double().repeat(batch, 1, 1)
-    return vertices, torch.arange(3 * faces).view(-1, 3), K, (size, size + 5)
 
 
 @settings(max_examples=25, deadline=None)
@@ -152,7 +144,7 @@ def test_concurrent_calls():
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_works_after_fork():
     "A data loader forks after the parent has used its threads; the child must neither hang nor crash."
-    code = ("import torch, os, sys; sys.path.insert(0, 'tests'); from test_raster import soup; from handrecon.raster import rasterize; "
+    code = ("import torch, os, sys; sys.path.insert(0, 'tests'); from raster_fixtures import soup; from handrecon.raster import rasterize; "
             "a = rasterize(*soup(0)); pid = os.fork(); b = rasterize(*soup(0)); assert torch.equal(a.depth, b.depth); "
             "os._exit(0) if pid == 0 else sys.exit(os.waitpid(pid, 0)[1])")
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, timeout=120).returncode == 0
