@@ -338,7 +338,7 @@ def score(vertices: Float[Tensor, "B V 3"], truth: Pairs, hand: HandModel) -> di
             "depth": float((joints - true_joints)[..., 2].mean(1).abs().mean() * 1000),
             "sideways": error(joints[..., :2], true_joints[..., :2])}
 
-# %% ../nbs/22_binocular.ipynb #2e2103e1
+# %% ../nbs/22_binocular.ipynb #1dd8e154
 @dataclass(frozen=True)
 class Recipe:
     "Everything a profile decides."
@@ -351,6 +351,7 @@ class Recipe:
     rig: str = "stb"                       # of stereo_pairs.RIGS
     pixels: float = 1.0                    # size of the whole pictures, as a part of the rig's
     baseline: float = 0.0                  # metres; 0: the rig's own
+    begin: str = ""                        # the recipe whose prior this one's goes on from; "": none
 
     def cameras(self) -> Rig:
         "The pair of cameras that takes the pictures."
@@ -358,14 +359,14 @@ class Recipe:
         rig = RIGS[self.rig].scaled(self.pixels)
         return replace(rig, baseline=self.baseline) if self.baseline else rig
 
-# %% ../nbs/22_binocular.ipynb #1bfcea49
+# %% ../nbs/22_binocular.ipynb #34a221d2
 _SMALL = BinocularConfig(backbone="small", encoder="s2hand", image_size=64, channels=64)
 _LEARN = TrainConfig(batch_size=32, lr=3e-3, schedule="cosine", warmup=50, clip=10.0, ema=0.995)
 _MOVE = TrainConfig(batch_size=8, lr=2e-4, schedule="cosine", warmup=20, clip=10.0)
 RECIPES = {
     "smoke": Recipe(_SMALL, replace(_LEARN, steps=40, batch_size=16, warmup=5, ema=0.9), replace(_MOVE, steps=6, warmup=2), 96, 16, 16, pixels=0.4),
     "ledger": Recipe(_SMALL, replace(_LEARN, steps=6000, precision="bfloat16"), replace(_MOVE, steps=500), 12000, 400, 150, pixels=0.4),
-    "cpu": Recipe(replace(_SMALL, image_size=96), replace(_LEARN, steps=20000), replace(_MOVE, steps=6000), 20000, 4000, 500, pixels=0.5),
+    "cpu": Recipe(replace(_SMALL, image_size=128), replace(_LEARN, steps=5000, precision="bfloat16"), replace(_MOVE, steps=1000), 20000, 600, 150, pixels=0.5, begin="ledger"),
     "gpu": Recipe(replace(_SMALL, backbone="resnet18", encoder="imagenet", image_size=128, channels=128), replace(_LEARN, steps=20000, batch_size=64), replace(_MOVE, steps=10000, batch_size=16),
                   pixels=0.5),
     "paper": Recipe(prior=TrainConfig(steps=100000, schedule="cosine"), train=TrainConfig(steps=50000, batch_size=32, lr=1e-4, schedule="cosine")),
@@ -407,14 +408,17 @@ class Prior(NamedTuple):
     seconds: float     # that learning took, when it was learned
     reused: bool       # it was there already
 
-# %% ../nbs/22_binocular.ipynb #09c7c587
+# %% ../nbs/22_binocular.ipynb #a2b23958
 def learn_prior(recipe: Recipe, seed: int, shared: Path, hand: HandModel | None = None, progress: bool = True) -> Prior:
     "Pre-training (§3.1): shared by all runs that ask for the same, kept in the folder `shared` under the hash of its settings."
+    if recipe.begin not in ("", *RECIPES): raise ValueError(f"begin: expected one of {', '.join(RECIPES)} or nothing, found {recipe.begin!r}")
+    base = learn_prior(RECIPES[recipe.begin], seed, shared, hand, progress) if recipe.begin else None
     shape = {k: getattr(recipe.model, k) for k in ("backbone", "encoder", "image_size", "channels", "points")}
-    settings = {"model": shape, "prior": asdict(replace(recipe.prior, seed=seed)), "n": recipe.n_prior, "world": asdict(STUDIO)}
+    settings = {"model": shape, "prior": asdict(replace(recipe.prior, seed=seed)), "n": recipe.n_prior, "world": asdict(STUDIO)} | ({"begin": base.hash} if base else {})
     name = _digits(settings)
     torch.manual_seed(seed)
     model = MeshRegressor(recipe.model, hand or proxy_hand())
+    if base: model.load_state_dict(base.model.state_dict())
 
     def make():
         began = time.perf_counter()
@@ -603,35 +607,37 @@ def reconstruct_files(left: str | Path, right: str | Path, rig: Sequence[float |
         write_json(work / "hands.json", record)
     return record
 
-# %% ../nbs/22_binocular.ipynb #dc9238e3
-_FULL = Run("full")
+# %% ../nbs/22_binocular.ipynb #d2ebf42a
+_FULL, _SHORT = Run("full", "cpu"), Run("full")
+_MONOCULAR = Run("monocular", "cpu", {"model.variant": "monocular"})
 _WITHOUT = {"photo": "photo-consistency", "edge": "edge", "lap": "Laplacian", "mask": "mask", "chamfer": "Chamfer", "normal": "normal"}
 _PAPER_2 = {"photo": 25.36, "edge": 13.46, "lap": 11.36, "mask": 11.23, "chamfer": 11.37, "normal": 11.23}
-_NOTE = ("Two synthetic worlds, 64-pixel crops, a small network and a prior of 6,000 steps; 400 pairs to move with, 500 steps. The encoder begins with the packaged S²HAND network's weights. "
-         "All runs of a seed share one prior, named in their records.")
+_BEGUN = " The encoder begins with the packaged S²HAND network's weights. All runs of a seed share one prior, named in their records."
+_NOTE = "Two synthetic worlds, 128-pixel crops, a small network and a prior of 6,000 steps at 64 and 5,000 at 128 pixels; 600 pairs to move with, 1,000 steps." + _BEGUN
+_SHORT_NOTE = "Two synthetic worlds, 64-pixel crops, a small network and a prior of 6,000 steps; 400 pairs to move with, 500 steps: a centimetre of depth is half a pixel here, which weakens photo-consistency." + _BEGUN
 CLAIMS = (
     Claim("binocular-table1", "binocular", "Fine-tuning by left-right consistency cuts the mean joint error of a network moved to a new place by a factor of four; absolute with two views, a little worse and only root-relative with one.",
-          "§4.2, Table 1", {"test directly, mm": 44.54, "monocular, mm": 12.66, "binocular, mm": 11.14}, (_FULL, Run("monocular", overrides={"model.variant": "monocular"})), 3,
+          "§4.2, Table 1", {"test directly, mm": 44.54, "monocular, mm": 12.66, "binocular, mm": 11.14}, (_FULL, _MONOCULAR), 3,
           {"test directly, mm": "full:directly/joints", "binocular, mm": "full:tuned/joints", "monocular, mm": "monocular:tuned/joints from wrist",
            "binocular from wrist, mm": "full:tuned/joints from wrist", "test directly from wrist, mm": "full:directly/joints from wrist"}
           | {f"{name}, {part}, mm": f"full:{key}/{part}" for part in ("depth", "sideways") for name, key in (("test directly", "directly"), ("binocular", "tuned"))},
           all_of(ratio_at_least("test directly, mm", "binocular, mm", 3.0), ratio_at_least("test directly from wrist, mm", "monocular, mm", 1.0)), _NOTE + " The last four lines take the error apart: "
-          "the mean hand's depth, and the joints' places beside the optical axis. Consistency corrects depth; which point of the hand a pixel shows it cannot tell, and with this small network that part is the larger one.", 150, "gpu"),
+          "the mean hand's depth, and the joints' places beside the optical axis. Consistency corrects depth; which point of the hand a pixel shows it cannot tell, and with this small network that part is the larger one.", 1500, "gpu"),
     Claim("binocular-photo", "binocular", "Of the six losses photo-consistency matters most: without it the error more than doubles.", "§4.2, Table 2, row 2",
-          {"full, mm": 11.14, "without photo-consistency, mm": 25.36}, (_FULL, Run("no-photo", overrides={"model.weights.photo": 0.0})), 3,
-          {"full, mm": "full:tuned/joints", "without photo-consistency, mm": "no-photo:tuned/joints"}, ratio_at_least("without photo-consistency, mm", "full, mm", 2.0), _NOTE, 120, "gpu"),
+          {"full, mm": 11.14, "without photo-consistency, mm": 25.36}, (_FULL, Run("no-photo", "cpu", {"model.weights.photo": 0.0})), 3,
+          {"full, mm": "full:tuned/joints", "without photo-consistency, mm": "no-photo:tuned/joints"}, ratio_at_least("without photo-consistency, mm", "full, mm", 2.0), _NOTE, 1500, "gpu"),
     Claim("binocular-table2", "binocular", "Without the edge loss the error rises by a fifth; each of the other four losses is worth less than 0.4 mm.", "§4.2, Table 2",
           {"full, mm": 11.14} | {f"without {_WITHOUT[k]}, mm": _PAPER_2[k] for k in _WITHOUT},
-          (_FULL, *(Run(f"no-{k}", overrides={f"model.weights.{k}": 0.0}) for k in _WITHOUT)), 3,
+          (_SHORT, *(Run(f"no-{k}", overrides={f"model.weights.{k}": 0.0}) for k in _WITHOUT)), 3,
           {"full, mm": "full:tuned/joints"} | {f"without {_WITHOUT[k]}, mm": f"no-{k}:tuned/joints" for k in _WITHOUT},
           all_of(ordering("full, mm", "without edge, mm", "without photo-consistency, mm"), *(close(f"without {_WITHOUT[k]}, mm", "full, mm", 0.4) for k in ("lap", "mask", "chamfer", "normal"))),
-          _NOTE, 120, "gpu"),
+          _SHORT_NOTE, 120, "gpu"),
     Claim("binocular-absolute", "binocular", "With two views the joints are absolute: no alignment at the root is needed, while one view knows the place only up to the hand's size.", "§4.3, Table 3",
-          {"binocular, absolute, mm": 11.14}, (_FULL, Run("monocular", overrides={"model.variant": "monocular"})), 3,
+          {"binocular, absolute, mm": 11.14}, (_FULL, _MONOCULAR), 3,
           {"binocular, absolute, mm": "full:tuned/joints", "binocular from wrist, mm": "full:tuned/joints from wrist", "monocular, absolute, mm": "monocular:directly monocular/joints"},
-          ratio_at_most("binocular, absolute, mm", "monocular, absolute, mm", 0.5), _NOTE + " Monocular, absolute: before fine-tuning, which would teach it this one person's size.", 150, "gpu"),
+          ratio_at_most("binocular, absolute, mm", "monocular, absolute, mm", 0.5), _NOTE + " Monocular, absolute: before fine-tuning, which would teach it this one person's size.", 1500, "gpu"),
     Claim("binocular-baseline", "binocular", "A short baseline makes parts of the hand look alike in both views and the estimate inaccurate.", "§4.4, failure cases", {"baseline of the rigs, mm": 120},
-          (Run("60", overrides={"baseline": 0.06}), _FULL, Run("240", overrides={"baseline": 0.24})), 1,
+          (Run("60", overrides={"baseline": 0.06}), _SHORT, Run("240", overrides={"baseline": 0.24})), 1,
           {f"{b} mm: joints, mm": f"{run}:tuned/joints" for b, run in ((60, "60"), (120, "full"), (240, "240"))} | {f"{b} mm: directly, mm": f"{run}:directly/joints" for b, run in ((60, "60"), (120, "full"), (240, "240"))},
-          ordering("240 mm: joints, mm", "120 mm: joints, mm", "60 mm: joints, mm"), _NOTE + " 120 stands for STB's 120.054 mm.", 120, "gpu"),
+          ordering("240 mm: joints, mm", "120 mm: joints, mm", "60 mm: joints, mm"), _SHORT_NOTE + " 120 stands for STB's 120.054 mm.", 120, "gpu"),
 )
