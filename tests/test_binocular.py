@@ -192,6 +192,17 @@ def test_prior_is_learned_once_and_shared(tmp_path):
     assert learn_prior(ablated, 0, tmp_path, progress=False).hash == first.hash      # what only fine-tuning uses does not matter
 
 
+def test_a_prior_goes_on_from_a_smaller_one(tmp_path, monkeypatch):
+    "Larger crops, the smaller ones' weights: after one step that moves nothing they are still the same, and the digits tell of both."
+    monkeypatch.setitem(RECIPES, "tiny", TINY)
+    base = learn_prior(TINY, 0, tmp_path, progress=False)
+    still = replace(TINY, model=replace(TINY.model, image_size=2 * TINY.model.image_size), prior=replace(TINY.prior, steps=1, lr=1e-12, warmup=0))
+    further, afresh = (learn_prior(replace(still, begin=begin), 0, tmp_path, progress=False) for begin in ("tiny", ""))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(base.model.parameters(), further.model.parameters()))
+    assert not torch.allclose(base.model.heat.weight, afresh.model.heat.weight, atol=1e-3) and len({base.hash, further.hash, afresh.hash}) == 3
+    with pytest.raises(ValueError, match="begin: expected one of smoke, ledger, .*'lager'"): learn_prior(replace(TINY, begin="lager"), 0, tmp_path)
+
+
 def test_pairs_are_kept_and_test_pairs_are_the_same_for_every_seed(tmp_path):
     a, b = (load_pairs("synthetic", "", TINY, seed, tmp_path, held_out=True) for seed in (0, 1))
     assert torch.equal(a.crops.left, b.crops.left)

@@ -9,7 +9,7 @@ import torch
 import handrecon.multihand as M
 from handrecon.camera import project
 from handrecon.multihand import (
-    RECIPES, Answers, CloserLook, MultiHand, MultiHandConfig, Recipe, _distinct, average_precision, draw_hands, find_hands, load, loss_terms, match, quarter_turned, render_hands, run_times, save, score,
+    RECIPES, Answers, MultiHand, MultiHandConfig, Recipe, _distinct, average_precision, draw_hands, find_hands, load, loss_terms, match, quarter_turned, render_hands, run_times, save, score,
     scenes_from_data, start, train_network, true_vertices)
 from handrecon.proxy_hand import proxy_hand
 from handrecon.scenes import SceneConfig, Scenes, make_scenes
@@ -60,8 +60,8 @@ def test_a_hand_moves_with_the_picture(model):
     K = torch.tensor([[[256.0, 0, 128], [0, 256, 128], [0, 0, 1]]])
     index = torch.tensor([[24 * 64 + 24]])
     with torch.no_grad():
-        a = model.hands_at(picture, model.maps(picture).features, index, K, torch.tensor([[True]]))
-        b = model.hands_at(moved, model.maps(moved).features, index + 16, K, torch.tensor([[True]]))
+        a = model.hands_at(model.maps(picture).features, index, K, torch.tensor([[True]]))
+        b = model.hands_at(model.maps(moved).features, index + 16, K, torch.tensor([[True]]))
     assert torch.allclose(a.pose, b.pose, atol=1e-3)
     centre = lambda o: project(o.joints.mean(2), K)[0, 0]
     assert torch.allclose(centre(a) + torch.tensor([64.0, 0]), centre(b), atol=0.1)
@@ -205,60 +205,29 @@ def test_recipes_can_be_written_down_and_paper_says_what_the_paper_says():
     assert (paper.pictures.image_size, paper.pictures.focal, paper.pictures.size, paper.pictures.hands) == (512, 512.0, (96.0, 320.0), (1, 10))
 
 
-CLOSE = replace(TINY, points=True, closer=32)
+@pytest.mark.parametrize("rotation, n_pca, frame", [("6d", 30, "ray"), ("axis-angle", 45, "camera")])
+def test_a_mirrored_picture_gets_the_mirrored_answer(scenes, rotation, n_pca, frame):
+    "With `mirror`, exactly and whatever the weights: sides change places, everything else is mirrored; without it, not."
+    width, flip = scenes.image.shape[-1], torch.tensor([-1.0, 1, 1])
+    K = scenes.K.clone()
+    K[:, 0, 2] = width - K[:, 0, 2]
+    torch.manual_seed(3)
+    model = MultiHand(replace(TINY, points=True, mirror=True, rotation=rotation, n_pca=n_pca, frame=frame)).eval()
 
+    def both():
+        with torch.no_grad(): return model(scenes.image, scenes.K, 1, -1.0), model(scenes.image.flip(-1), K, 1, -1.0)
 
-def test_the_third_look_knows_its_mirror_image():
-    "Whatever its weights: evidence changes its sign, the sides' numbers change places and are mirrored."
-    torch.manual_seed(0)
-    look, picture = CloserLook(CLOSE, 10).eval(), torch.rand(1, 3, 96, 96)
-    points, depth = 30 + 36 * torch.rand(3, 21, 2), torch.randn(3, 2)
-    rows = torch.tensor([True, False, True])
-    flipped = torch.stack([96 - points[..., 0], points[..., 1]], -1)
-    with torch.no_grad():
-        a, b = look(picture, points, depth, rows), look(picture.flip(-1), flipped, depth.flip(1), rows)
-    M = torch.diag(torch.tensor([-1.0, 1, 1]))
-    assert a.evidence[rows].abs().min() > 1e-5 and torch.allclose(a.evidence, -b.evidence, atol=1e-4)
-    assert torch.allclose(M @ a.rotation[rows] @ M, b.rotation[rows].flip(1), atol=1e-4)
-    assert torch.allclose(a.pose, b.pose.flip(1), atol=1e-4) and torch.allclose(a.shape, b.shape.flip(1), atol=1e-4)
-    assert torch.allclose(a.place @ M, b.place.flip(1), atol=1e-3)
-    assert not a.evidence[1] and not a.pose[1].any() and not a.place[1].any()
-
-
-def test_the_third_look_costs_the_same_for_one_hand_and_for_ten(scenes):
-    "All that could be there are looked at: asked for one hand, the network does the same and gives the first."
-    torch.manual_seed(0)
-    model, seen = MultiHand(CLOSE).eval(), []
-    pyramid = model.closer.backbone.pyramid
-    model.closer.backbone.pyramid = lambda x: (seen.append(len(x)), pyramid(x))[1]
-    with torch.no_grad():
-        one, ten = (model(scenes.image[:2], scenes.K[:2], max_hands=n, threshold=-1.0) for n in (1, 10))
-    assert seen == [2 * 2 * 10] * 2 and one[1].joints.shape[1] == 1 and ten[1].joints.shape[1] == 10
-    assert torch.allclose(one[1].joints, ten[1].joints[:, :1], atol=1e-5) and torch.equal(one[0].index, ten[0].index[:, :1])
-
-
-def test_the_third_look_learns_alone(tmp_path, monkeypatch, scenes):
-    "Its stage leaves the rest of the network as it was, lowers its own loss, and copes with pictures without hands."
-    recipe = Recipe(replace(CLOSE, lambda_3d=1.0), TrainConfig(steps=2, batch_size=8, lr=3e-3, schedule="cosine"), turn=0.0, colours=0.0, closer_steps=60)
-    torch.manual_seed(0)
-    model = MultiHand(recipe.model)
-    before, keep = {}, M.fit
-
-    def fit(model, terms, *rest):
-        if terms is M.closer_terms: before.update({k: v.clone() for k, v in model.state_dict().items()})
-        return keep(model, terms, *rest, progress=False)
-
-    monkeypatch.setattr(M, "fit", fit)
-    log, after = train_network(model, recipe, scenes, 0, tmp_path)["closer"], model.state_dict()
-    assert all(torch.equal(v, after[k]) for k, v in before.items() if not k.startswith("closer."))
-    assert all(p.requires_grad for p in model.parameters())
-    assert log["L_joints"][-5:].mean() < 0.7 * log["L_joints"][:5].mean() and "L_cp" not in log.names
-    empty = replace(scenes, valid=torch.zeros_like(scenes.valid))
-    assert set(M.closer_terms(model.train(), empty)) == {"L_lr"}
+    (peaks, a), (again, b) = both()
+    columns = width // model.config.stride
+    assert torch.allclose(peaks.score, again.score, atol=1e-5) and torch.equal(again.index, peaks.index + columns - 1 - 2 * (peaks.index % columns))
+    assert torch.allclose(a.side, b.side.flip(-1), atol=1e-4) and torch.equal(a.right, ~b.right)
+    assert torch.allclose(a.vertices * flip, b.vertices, atol=1e-4) and torch.allclose(a.guess * flip[:2] + torch.tensor([width, 0]), b.guess, atol=1e-3)
+    model.config = replace(model.config, mirror=False)
+    (_, a), (_, b) = both()
+    assert not torch.allclose(a.side, b.side.flip(-1), atol=1e-4)
 
 
 def test_unknown_choices_are_named():
-    with pytest.raises(ValueError, match="closer: expected points=True"): MultiHand(replace(TINY, closer=64))
     for name, value in (("rotation", "euler"), ("frame", "world"), ("center", "wrist")):
         with pytest.raises(ValueError, match=name): MultiHand(replace(TINY, **{name: value}))
 
