@@ -120,6 +120,22 @@ def test_the_loss_refuses_anything_but_a_transfer_batch(model, pairs):
 
 # --- the losses
 
+def test_branches_that_disagree_still_feel_photo_consistency(hand, pairs):
+    "One view: each branch has a distance of its own. Were the other branch asked what is hidden, two centimetres apart and six would cost the same: nearly all would be hidden."
+    _, truth, crops = pairs
+    torch.manual_seed(0)
+    network = MeshRegressor(replace(TINY.model, variant="monocular"), hand).eval()
+    batch, move = prepare_transfer(network, crops), aside(crops.baseline)
+    seen = reconstruct_pair(network, crops)
+
+    def photo(left, right):                                                                      # true meshes, moved along each camera's own rays
+        out = Reconstruction(left * truth.vertices, move + right * (truth.vertices - move), seen.seen_left, seen.seen_right)
+        with torch.no_grad(): return sum(float(v) for k, v in loss_terms(out, batch, network).items() if k.startswith("photo"))
+
+    there, near, far = (photo(1 + x, 1 - x) for x in (0.0, 0.02, 0.05))
+    assert 1.2 * there < near and 1.2 * near < far
+
+
 def test_every_weight_scales_its_terms_and_zero_leaves_them_out(hand, pairs):
     crops, values = pairs[2], {}
     for factor in (1, 2):
@@ -295,7 +311,7 @@ def test_recipes_and_claims_are_whole():
     assert {"smoke", "ledger", "cpu", "gpu", "paper"} <= set(RECIPES)
     assert RECIPES["paper"].model == BinocularConfig() and RECIPES["paper"].cameras() == STB_RIG
     labels = {c.id: c for c in CLAIMS}
-    assert labels["binocular-table1"].paper["test directly, mm"] == 44.54 and len(labels["binocular-table2"].runs) == 7
+    assert labels["binocular-table1"].paper["test directly, one view, mm"] == 44.54 and len(labels["binocular-table2"].runs) == 7
     from handrecon.runs import resolve
     for claim in CLAIMS:
         for run in claim.runs: resolve("binocular", run.profile, run.overrides)
