@@ -682,17 +682,14 @@ def by_count(answers: Answers, scenes: Scenes, model: MultiHand) -> dict[int, di
     count = scenes.valid.sum(1)
     return {n: score(answers, scenes, model, count == n) for n in sorted(set(count.tolist())) if n}
 
-# %% ../nbs/23_multihand.ipynb #3c83b527
-def _median_ms(f, repeats: int) -> float:
-    "Median wall time, milliseconds, after one run to warm up."
-    times = []
-    for _ in range(repeats + 1):
-        begin = time.perf_counter()
-        f()
-        times.append(1000 * (time.perf_counter() - begin))
-    return float(np.median(times[1:]))
+# %% ../nbs/23_multihand.ipynb #5206a182
+def _milliseconds(f) -> float:
+    "Wall time of one call."
+    begin = time.perf_counter()
+    f()
+    return 1000 * (time.perf_counter() - begin)
 
-# %% ../nbs/23_multihand.ipynb #2a6cab76
+# %% ../nbs/23_multihand.ipynb #8947e2c1
 @torch.no_grad()
 def run_times(
     model: MultiHand,
@@ -717,8 +714,9 @@ def run_times(
         cropped(images, crop_intrinsics(K.expand(n, 3, 3), boxes, crop), with_image=False)
 
     model.eval(), cropped.eval()
-    return {"hands": list(counts), "all at once": [_median_ms(lambda n=n: at_once(n), repeats) for n in counts],
-            "hand by hand": [_median_ms(lambda n=n: one_by_one(n), repeats) for n in counts]}
+    ways = {"all at once": at_once, "hand by hand": one_by_one}
+    rounds = [[[_milliseconds(lambda: way(n)) for n in counts] for way in ways.values()] for _ in range(repeats + 1)]      # in turn: a slow moment meets all counts alike
+    return {"hands": list(counts), **dict(zip(ways, np.median(rounds[1:], 0).tolist()))}                                # the first round warms up
 
 # %% ../nbs/23_multihand.ipynb #1a82b09b
 @dataclass(frozen=True)
