@@ -206,7 +206,7 @@ class TransferBatch:
     edges_left: Float[Tensor, "B E"]       # of the pre-trained network's own mesh, metres
     edges_right: Float[Tensor, "B E"]
 
-# %% ../nbs/22_binocular.ipynb #fabb303b
+# %% ../nbs/22_binocular.ipynb #9a7cb56c
 def loss_terms(out: Reconstruction, batch: TransferBatch, model: MeshRegressor) -> dict[str, Tensor]:
     "Weighted terms of Eq. 10."
     if not isinstance(batch, TransferBatch):
@@ -217,7 +217,7 @@ def loss_terms(out: Reconstruction, batch: TransferBatch, model: MeshRegressor) 
     l = render(out.left, faces, crops.K_left, (S, S), blank)
     r = render(out.right - aside(b), faces, crops.K_right, (S, S), blank)
     across, back = r.depth, l.depth                                           # what the opposite camera sees, to tell what is hidden from it
-    if config.variant == "monocular":                                         # two distances: what is hidden each branch tells by its own mesh; by the other's, nearly all would be
+    if w.photo and config.variant == "monocular":                             # two distances: what is hidden each branch tells by its own mesh; by the other's, nearly all would be
         with torch.no_grad():
             across = render(out.left - aside(b), faces, crops.K_right, (S, S), blank).depth
             back = render(out.right, faces, crops.K_left, (S, S), blank).depth

@@ -351,14 +351,15 @@ def finished_record(results: Path, expected: dict[str, Any]) -> dict[str, Any] |
             return read_record(path, expected)
     return None
 
-# %% ../nbs/34_claims.ipynb #24fb8d30
+# %% ../nbs/34_claims.ipynb #e2b16282
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[bool]:
     "True for the one process that may work in this folder; the system lets go of it when that process ends, however it ends."
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / ".lock", timeout=0): yield True
+    try: held = FileLock(folder / ".lock").acquire(timeout=0)
     except Timeout: yield False
+    else:
+        with held: yield True
 
 # %% ../nbs/34_claims.ipynb #108f7717
 def make_record(claim: Claim, run: Run, seed: int, results: Path, work: Path) -> str:

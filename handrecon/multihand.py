@@ -170,7 +170,7 @@ def read_maps(
     read = F.grid_sample(maps, grid[:, None].to(maps), align_corners=False)                          # (B, C, 1, K·J)
     return read[:, :, 0].mT.reshape(*points.shape[:2], -1)
 
-# %% ../nbs/23_multihand.ipynb #f7ae5ffa
+# %% ../nbs/23_multihand.ipynb #83ae4e03
 class HandHead(nn.Module):
     "Neighbourhood of a cell, and of the 21 joints guessed from it, to the numbers of the hand centred there."
     def __init__(self, config: MultiHandConfig, n_vertices: int, n_shape: int):
@@ -178,9 +178,9 @@ class HandHead(nn.Module):
         self.config, self.n_shape = config, n_shape
         D, self.n_rotation = 9 * config.channels, 6 if config.rotation == "6d" else 3
         self.n_each = self.n_rotation + config.n_pca + n_shape + 3             # the paper's 61
-        turn = [1.0, -1, -1, -1, 1, 1] if config.rotation == "6d" else [1.0, -1, -1]
-        bend = [1.0, -1, -1] * 15 if config.n_pca == 45 else [1.0] * config.n_pca              # principal components are the same for both sides
-        self.register_buffer("mirror", torch.tensor([*turn, *bend, *[1.0] * n_shape, -1, 1, 1]), persistent=False)   # signs of the other side's numbers in a mirror
+        turn = torch.tensor([1.0, -1, -1, -1, 1, 1]) if config.rotation == "6d" else mirror_rotation(torch.ones(3))
+        bend = torch.ones(config.n_pca) if config.n_pca != 45 else mirror_rotation(torch.ones(45))               # principal components are the same for both sides
+        self.register_buffer("mirror", torch.cat([turn, bend, torch.ones(n_shape), torch.tensor([-1.0, 1, 1])]), persistent=False)   # signs of the other side's numbers
         self.trunk = nn.Sequential(nn.Linear(D, config.head), nn.ReLU(), nn.Linear(config.head, config.head), nn.ReLU())
         self.side, self.numbers = nn.Linear(config.head, 2), nn.Linear(config.head, 2 * self.n_each)      # left and right, side by side
         self.guess = self.look = self.light = self.texture = None
