@@ -12,7 +12,7 @@ __all__ = ['RECIPES', 'REAL', 'HELD_OUT_SEED', 'DATASETS', 'DETECTION_TOLERANCE'
            'detect', 'with_branch', 'FitConfig', 'HandFit', 'reprojection_error', 'detection_box', 'joints_only',
            'similarity_2d', 'Start', 'viewpoint_starts', 'start_from', 'pose_prior', 'fit_to_detections', 'agree']
 
-# %% ../nbs/20_s2hand.ipynb #7248e04f
+# %% ../nbs/20_s2hand.ipynb #84d8af10
 import hashlib
 import os
 from collections.abc import Callable
@@ -39,7 +39,7 @@ from .losses import (
 from .mano import HandMesh, HandModel, transform_mesh
 from .mano_files import _cache_folder as cache_folder
 from .metrics import evaluate_hands, mpjpe, point_errors, procrustes_align
-from .networks import FRONT_LIGHT, MEAN_SKIN, Appearance, Backbone, HandCode, HandEncoder, make_backbone
+from .networks import FRONT_LIGHT, MEAN_SKIN, Appearance, Backbone, HandCode, HandEncoder, begin_as, make_backbone
 from .point_features import PointFeatures
 from .proxy_hand import posture, proxy_hand, proxy_hand_arrays, sample_poses, self_penetration
 from .render import render
@@ -772,12 +772,12 @@ def load(source: str | Path = "s2hand", hand: HandModel | None = None) -> S2Hand
     load_weights(model, weights, path)
     return model.eval()
 
-# %% ../nbs/20_s2hand.ipynb #84591b71
+# %% ../nbs/20_s2hand.ipynb #809f5906
 def lend_backbone(backbone: Backbone) -> None:
-    "Copy the packaged S²HAND network's backbone into another system's. Raises ValueError where it is of another kind."
-    path, prefix = packaged("s2hand"), "encoder.backbone."
-    weights = load_checkpoint(path, "s2hand").weights
-    load_weights(backbone, {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}, path)
+    "Copy the packaged S²HAND network's backbone into another system's, which may be deeper. Raises ValueError where it is of another kind."
+    prefix = "encoder.backbone."
+    weights = load_checkpoint(packaged("s2hand"), "s2hand").weights
+    begin_as(backbone, {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
     backbone.weights_source = "the packaged S²HAND network"
 
 # %% ../nbs/20_s2hand.ipynb #d013ec93

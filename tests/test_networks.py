@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from handrecon import networks
-from handrecon.networks import BACKBONES, FRONT_LIGHT, MEAN_SKIN, HandEncoder, make_backbone, mlp
+from handrecon.networks import BACKBONES, FRONT_LIGHT, MEAN_SKIN, HandEncoder, begin_as, make_backbone, mlp
 
-COUNTS = {"efficientnet-b0": 4_007_548, "efficientnet-b3": 10_696_232, "resnet18": 11_176_512, "resnet50": 23_508_032}  # torchvision's, less classifier
+COUNTS = {"efficientnet-b0": 4_007_548, "efficientnet-b3": 10_696_232, "resnet18": 11_176_512, "resnet50": 23_508_032, "medium": 4_330_400}  # torchvision's, less classifier; medium is ours
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -207,3 +207,29 @@ def test_wrong_pictures_and_options():
 def test_the_import_is_light():
     code = "import sys, handrecon.networks; assert not {'transformers', 'matplotlib', 'huggingface_hub'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# ---------------------------------------------------------------- growing
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_deeper_network_begins_as_the_shallow_one(small, training):
+    deep, image = make_backbone("medium"), torch.rand(3, 3, 96, 64)
+    assert not torch.equal(deep.eval().pyramid(image)[1][-1], small.pyramid(image)[1][-1])
+    shallow = make_backbone("small")
+    shallow.load_state_dict(small.state_dict())
+    begin_as(deep, shallow.state_dict())
+    for a, b in zip(deep.train(training).pyramid(image)[1], shallow.train(training).pyramid(image)[1], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_same_network_takes_over_all(small):
+    other = make_backbone("small")
+    begin_as(other, small.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), small.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("name, change", [("resnet18", {}), ("efficientnet-b0", {}), ("medium", {"body.embedder.embedder.convolution.weight": None})])
+def test_what_does_not_fit_is_told(small, name, change):
+    given = {k: v for k, v in small.state_dict().items() if k not in change}
+    with pytest.raises(ValueError, match=f"backbone {name}: expected weights of a ResNet of the same widths .* found that '.+' does not fit"):
+        begin_as(make_backbone(name), given)
