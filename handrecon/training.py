@@ -528,17 +528,20 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
         for s, previous in old.items():
             signal.signal(s, previous)
 
-# %% ../nbs/16_training.ipynb #537e17c2
-def _stop_everywhere(asked: bool, done: int, config: TrainConfig, engine: Any) -> bool:
-    "Whether to stop: all processes must decide alike, and they ask one another only when the log is written."
+# %% ../nbs/16_training.ipynb #c46ba78a
+_ASK_EVERY = 5  # steps
+
+
+def _stop_everywhere(asked: bool, done: int, engine: Any) -> bool:
+    "Whether to stop: all processes must decide alike, and they ask one another every few steps."
     if engine.world_size == 1:
         return asked
-    return done % config.log_every == 0 and engine.all_reduce(torch.tensor(float(asked), device=engine.device), reduce_op="sum").item() > 0
+    return done % _ASK_EVERY == 0 and engine.all_reduce(torch.tensor(float(asked), device=engine.device), reduce_op="sum").item() > 0
 
 # %% ../nbs/16_training.ipynb #68067539
 STATE_FILE, LOG_FILE = "state.safetensors", "train.csv"
 
-# %% ../nbs/16_training.ipynb #19d10434
+# %% ../nbs/16_training.ipynb #75baa807
 def fit(
     model: nn.Module,
     loss_terms: Callable[[nn.Module, Any], dict[str, Tensor]],      # (model, batch) -> weighted terms; their sum is minimised
@@ -576,7 +579,7 @@ def fit(
             log.waiting.append(({"step": step, "seconds": time.perf_counter() - began, "lr": learning_rate(step, config)}, values))
             bar.update()
             done = step + 1
-            stopping = _stop_everywhere(asked(), done, config, engine)
+            stopping = _stop_everywhere(asked(), done, engine)
             logging = done % config.log_every == 0 or done == config.steps
             saving = done % config.save_every == 0 or done == config.steps or stopping
             if logging or saving:

@@ -263,16 +263,16 @@ from handrecon.training import ArrayBatches, TrainConfig, fit, save_checkpoint
 class Batch:
     x: torch.Tensor
     y: torch.Tensor
-out, kill_at, batch_norm = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "bn"
+out, kill_at, batch_norm, politely = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "bn", sys.argv[3] == "politely"
 torch.manual_seed(0)
 torch.set_num_threads(1)
 model = nn.Sequential(nn.Linear(2, 32), nn.BatchNorm1d(32) if batch_norm else nn.Identity(), nn.ReLU(), nn.Dropout(0.3 * batch_norm), nn.Linear(32, 1))
 points = torch.randn(200, 2)
-config = TrainConfig(steps=30, batch_size=20, ema=0.9, log_every=5, save_every=7, device="cpu")
+config = TrainConfig(steps=30, batch_size=20, ema=0.9, log_every=1000 if politely else 5, save_every=1000 if politely else 7, device="cpu")
 data = ArrayBatches(Batch(points, points.prod(1, keepdim=True)), config.micro_batch)
 def batch_at(index):
     if index == kill_at:
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGTERM if politely else signal.SIGKILL)
     return data.batch_at(index)
 fit(model, lambda m, b: {"fit": (m(b.x) - b.y).square().mean()}, batch_at, config, out, resume=True, progress=False)
 if os.environ.get("RANK", "0") == "0":
@@ -308,6 +308,19 @@ def test_two_processes_are_one_with_the_whole_batch(tmp_path):
     for name in ("total", "fit"):
         assert np.allclose(a[name], b[name], rtol=1e-4)
     assert np.allclose(a["grad_norm"], b["grad_norm"], rtol=1e-3)
+    a, b = (load_checkpoint(tmp_path / f / "final.safetensors").weights for f in ("two", "one"))
+    assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
+
+
+def test_two_processes_stop_together_when_one_is_asked_to(tmp_path):
+    pytest.importorskip("lightning_fabric")
+    (tmp_path / "script.py").write_text(SCRIPT)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    stopped = _script(tmp_path / "two", 24, "politely", launcher)                       # the first process's 13th batch; nothing would be logged or saved before the end
+    assert stopped.returncode != 0 and "stopped after 15 steps" in stopped.stderr, stopped.stderr[-3000:]
+    assert len(read_history(tmp_path / "two/train.csv")) == 15 and not (tmp_path / "two/final.safetensors").exists()
+    assert _script(tmp_path / "two", kind="politely", launcher=launcher).returncode == 0
+    assert _script(tmp_path / "one", kind="politely").returncode == 0
     a, b = (load_checkpoint(tmp_path / f / "final.safetensors").weights for f in ("two", "one"))
     assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
 
