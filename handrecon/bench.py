@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['HAND_BATCHES', 'PEER_LAYERS', 'STEPS', 'PARTS', 'median_ms', 'alternate', 'importable', 'hand_layers', 'bench_mano',
            'render_scene', 'render_tasks', 'bench_render', 'split_faces', 'bench_growth', 'step_parts', 'bench_step',
-           'bench_infer', 'version', 'machine', 'bench', 'write_record', 'table', 'write_page']
+           'bench_infer', 'bench_hands', 'version', 'machine', 'bench', 'write_record', 'table', 'write_page']
 
-# %% ../nbs/32_bench.ipynb #24aa49b8
+# %% ../nbs/32_bench.ipynb #091d8826
 import datetime
 import importlib
 import json
@@ -17,12 +17,14 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
 import numba
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -30,6 +32,7 @@ from .backends import OnnxHand, PictureToHand, example_input, export_onnx, manop
 from .contour import soft_silhouette
 from .files import write_text
 from .mano import MANO_ARRAYS, HandMesh
+from .multihand import RECIPES, MultiHand, load as load_multihand
 from .networks import Appearance, HandCode
 from .proxy_hand import proxy_hand, proxy_hand_arrays
 from .raster import rasterize
@@ -380,6 +383,32 @@ def bench_infer(
         calls["ONNX Runtime"] = lambda: runner(*arrays)
     return [dict(name=name, size=config.image_size, ms=ms, difference=differences[name]) for name, ms in alternate(calls, budget).items()]
 
+# %% ../nbs/32_bench.ipynb #341f52ca
+def bench_hands(
+    counts: tuple[int, ...] = (1, 10),
+    size: int = 512,                    # pixels a side
+    budget: float = 1.0,                # seconds for each number
+    device: str = "cpu",
+) -> list[dict]:
+    "Rows of name, size, hands, ms: forward and decode of one picture."
+    torch.manual_seed(0)
+    once = load_multihand()
+    once.config = replace(once.config, mirror=False)
+    networks = {"packaged": load_multihand(), "packaged, without the mirror image": once, "ResNet-50": MultiHand(replace(RECIPES["gpu"].model, weights=""))}
+    picture = torch.rand(1, 3, size, size).to(device)
+    def look(model: MultiHand, hands: int, half: bool):
+        shrink = model.config.shrink
+        K = picture.new_tensor([[size, 0, size / 2], [0, size, size / 2], [0, 0, shrink]])[None] / shrink
+        with torch.no_grad(), torch.autocast(torch.device(device).type, torch.bfloat16, enabled=half):
+            return model(F.avg_pool2d(picture, shrink), K, hands, -1.0)
+    calls = {}
+    for half in ((False,) if device == "cpu" else (False, True)):
+        for name, model in networks.items():
+            model.to(device).eval()
+            calls |= {(name + ", bfloat16" * half, n): lambda m=model, n=n, half=half: look(m, n, half) for n in counts}
+    times = alternate({f"{name}, {n} hands": call for (name, n), call in calls.items()}, budget)
+    return [dict(name=name, size=size, hands=n, ms=ms) for (name, n), ms in zip(calls, times.values())]
+
 # %% ../nbs/32_bench.ipynb #702f2d83
 def version(package: str) -> str:
     "Of an installed package; one that is only on the path has none."
@@ -399,14 +428,14 @@ def machine() -> dict:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(), "torch": torch.__version__, "numba": numba.__version__, "numpy": np.__version__, **versions}
 
-# %% ../nbs/32_bench.ipynb #a7eebfeb
-PARTS = ("mano", "render", "data", "step", "infer")
+# %% ../nbs/32_bench.ipynb #becf5e2c
+PARTS = ("mano", "render", "data", "step", "infer", "hands")
 
 
 def bench(
     part: str,                      # one of PARTS
     peers: bool = False,            # other libraries too, where they are installed
-    device: str = "cpu",            # of mano, render and step
+    device: str = "cpu",            # of mano, render, step and hands
     root: Path | None = None,       # of data: FreiHAND's folder; None: a small synthetic one
 ) -> dict:                          # date, command, machine, rows
     "Measure one part. Raises ValueError for an unknown one, or a device that is not there."
@@ -421,6 +450,7 @@ def bench(
         rows = bench_render(batches=batches, peers=peers, device=device) + bench_growth(device=device)
     elif part == "step": rows = bench_step(device=device)
     elif part == "infer": rows = bench_infer(compiler=peers)
+    elif part == "hands": rows = bench_hands(device=device)
     else:
         from handrecon.feeding import bench_data
         rows = [dict(name=name, per_second=wall, cpu_ms=1e3 / cpu) for name, (wall, cpu) in bench_data(root).items()]
@@ -442,10 +472,10 @@ def write_record(
     write_text(path, json.dumps(record, indent=1) + "\n")
     return record
 
-# %% ../nbs/32_bench.ipynb #cfefaa2b
+# %% ../nbs/32_bench.ipynb #9e0b33c2
 _short = lambda v: f"{v:.3g}" if v < 1000 else f"{v:,.0f}"
 _COLUMNS = {     # heading -> how a row's entry is written
-    "name": ("", str), "part": ("part", str), "vary": ("", str), "value": ("", str), "batch": ("batch", str), "size": ("pixels", lambda v: f"{v}²"),
+    "name": ("", str), "part": ("part", str), "vary": ("", str), "value": ("", str), "batch": ("batch", str), "size": ("pixels", lambda v: f"{v}²"), "hands": ("hands", str),
     "forward_ms": ("forward, ms", _short), "forward_backward_ms": ("with gradients, ms", _short),
     "per_hand_us": ("a hand, µs", _short), "per_image_ms": ("a picture, ms", _short), "ms": ("ms", _short),
     "share": ("share", "{:.1%}".format), "per_second": ("pictures a second", "{:.0f}".format), "cpu_ms": ("processor time each, ms", "{:.2f}".format),
@@ -491,7 +521,7 @@ def _plot(record: dict[str, dict], folder: Path) -> list[str]:
     figure.savefig(folder / "performance.png")
     return ["performance.png"]
 
-# %% ../nbs/32_bench.ipynb #a908c86a
+# %% ../nbs/32_bench.ipynb #6b82ca0c
 _TITLES = {
     "mano": ("The hand layer", "45 angles, ten shape numbers and a rotation to 778 vertices and 21 joints, float32. The last column compares forward plus backward. Our layer skips products with zeros; the row without zeros shows what that is worth. "
              "On CUDA, where Triton is installed, the layer has kernels of its own: six launches forwards and backwards. They are proved in Triton's interpreter and compile, and have never yet run on a GPU; "
@@ -502,6 +532,7 @@ _TITLES = {
     "data": ("Data", "FreiHAND-sized pictures: decode, crop, augment."),
     "step": ("One training step of S²HAND", "Forward and backward of each part; the whole batch is rendered."),
     "infer": ("One picture", "Picture to mesh and key points, batch 1, no gradient, the paper's network; the difference is relative to PyTorch's eager result."),
+    "hands": ("All hands of one picture", "The single-stage network, from a picture to the meshes of as many hands, batch 1, no gradient. `handrecon bench hands --device cuda` measures the same on a graphics card, in 32 and 16 bits; that has never been run."),
 }
 
 

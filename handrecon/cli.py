@@ -201,13 +201,13 @@ def check_data(
     if report.problems:
         raise _end("\n".join(f"handrecon: {problem}" for problem in report.problems), 2)
 
-# %% ../nbs/31_cli.ipynb #dbe603c2
+# %% ../nbs/31_cli.ipynb #7ed033fa
 @app.command()
 @guarded
 def bench(
-    what: Annotated[str, typer.Argument(metavar="[WHAT]", help="mano (the hand layer), render, data, step (of training) or infer (one picture); default: all.")] = "all",
+    what: Annotated[str, typer.Argument(metavar="[WHAT]", help="mano (the hand layer), render, data, step (of training), infer (one picture) or hands (all of one picture); default: all.")] = "all",
     peers: Annotated[bool, typer.Option("--peers", help="Other libraries too, where they are installed; for infer also torch.compile.")] = False,
-    device: Annotated[str, typer.Option(help="mano, render and step: cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="mano, render, step and hands: cpu or cuda.")] = "cpu",
     root: Annotated[Path | None, typer.Option(metavar="DIR", help="data: FreiHAND's folder; default: a small synthetic one.")] = None,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Keep the numbers in this record; other parts in it stay.")] = None,
     page: Annotated[Path | None, typer.Option(metavar="FILE", help="With --json: write the record as a Markdown page with plots.")] = None,

@@ -101,6 +101,25 @@ def test_infer_rows():
     assert rows[0]["name"] == "PyTorch" and all(r["ms"] > 0 and r["difference"] <= 1e-4 for r in rows)
 
 
+def test_all_hands_of_a_picture():
+    rows = bench.bench_hands((1, 3), 64, 0.0)
+    assert [r["hands"] for r in rows] == [1, 3] * 3 and all(r["ms"] > 0 for r in rows)
+    assert list(dict.fromkeys(r["name"] for r in rows)) == ["packaged", "packaged, without the mirror image", "ResNet-50"]
+
+
+def test_the_hands_that_are_asked_for_are_answered(monkeypatch):
+    answered = []
+    forward = bench.MultiHand.forward
+    def spy(self, image, K, hands, threshold):
+        peaks, out = forward(self, image, K, hands, threshold)
+        answered.append((self.config.backbone, self.config.mirror, tuple(image.shape[-2:]), float(K[0, 0, 0]), int(peaks.kept.sum())))
+        return peaks, out
+    monkeypatch.setattr(bench.MultiHand, "forward", spy)
+    bench.bench_hands((3,), 128, 0.0)
+    small = bench.load_multihand().config
+    assert set(answered) == {(small.backbone, True, (64, 64), 64.0, 3), (small.backbone, False, (64, 64), 64.0, 3), ("resnet50", False, (128, 128), 128.0, 3)}
+
+
 def test_record_and_page(tmp_path):
     machine = bench.machine()
     part = lambda ms: {"date": "2026-01-01", "command": "handrecon bench infer", "machine": machine, "rows": [dict(name="PyTorch", size=64, ms=ms, difference=0.0)]}

@@ -243,3 +243,9 @@ def test_both_hands_of_a_rhd_picture(tmp_path):
     inside = s.visible[s.valid] > 0
     pixels = project(s.joints.flatten(1, 2), s.K).view_as(s.keypoints)[s.valid]
     assert (pixels - s.keypoints[s.valid])[inside].abs().max() < 1
+
+
+def test_the_packaged_network_is_that_of_the_cpu_profile():
+    recipe = M.RECIPES["cpu"].model
+    free = {"weights": "", "threshold": load().config.threshold}                # where it began, and what was chosen afterwards
+    assert load().config == replace(recipe, **free)
