@@ -117,7 +117,7 @@ def test_bench_data(tmp_path):
     assert call("synth", "--n", 2, "--out", tmp_path / "a")[0] == 0
     code, out, _ = call("bench", "data", "--root", tmp_path / "a")
     assert code == 0 and "decode, one thread" in out and "pictures a second" in out
-    assert "bench expects mano, render, data, step or infer, found 'disk'" in fails("bench", "disk")
+    assert "bench expects mano, render, data, step, infer or hands, found 'disk'" in fails("bench", "disk")
     assert "--page needs --json" in fails("bench", "mano", "--page", tmp_path / "p.md")
 
 
