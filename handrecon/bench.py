@@ -7,7 +7,7 @@ __all__ = ['HAND_BATCHES', 'PEER_LAYERS', 'STEPS', 'PARTS', 'median_ms', 'altern
            'render_scene', 'render_tasks', 'bench_render', 'split_faces', 'bench_growth', 'step_parts', 'bench_step',
            'bench_infer', 'bench_hands', 'version', 'machine', 'bench', 'write_record', 'table', 'write_page']
 
-# %% ../nbs/32_bench.ipynb #091d8826
+# %% ../nbs/32_bench.ipynb #de8b7d35
 import datetime
 import importlib
 import json
@@ -24,7 +24,6 @@ from pathlib import Path
 import numba
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -32,7 +31,7 @@ from .backends import OnnxHand, PictureToHand, example_input, export_onnx, manop
 from .contour import soft_silhouette
 from .files import write_text
 from .mano import MANO_ARRAYS, HandMesh
-from .multihand import RECIPES, MultiHand, load as load_multihand
+from .multihand import RECIPES, MultiHand, load as load_multihand, look_at_once
 from .networks import Appearance, HandCode
 from .proxy_hand import proxy_hand, proxy_hand_arrays
 from .raster import rasterize
@@ -383,7 +382,7 @@ def bench_infer(
         calls["ONNX Runtime"] = lambda: runner(*arrays)
     return [dict(name=name, size=config.image_size, ms=ms, difference=differences[name]) for name, ms in alternate(calls, budget).items()]
 
-# %% ../nbs/32_bench.ipynb #341f52ca
+# %% ../nbs/32_bench.ipynb #61e532a0
 def bench_hands(
     counts: tuple[int, ...] = (1, 10),
     size: int = 512,                    # pixels a side
@@ -397,10 +396,7 @@ def bench_hands(
     networks = {"packaged": load_multihand(), "packaged, without the mirror image": once, "ResNet-50": MultiHand(replace(RECIPES["gpu"].model, weights=""))}
     picture = torch.rand(1, 3, size, size).to(device)
     def look(model: MultiHand, hands: int, half: bool):
-        shrink = model.config.shrink
-        K = picture.new_tensor([[size, 0, size / 2], [0, size, size / 2], [0, 0, shrink]])[None] / shrink
-        with torch.no_grad(), torch.autocast(torch.device(device).type, torch.bfloat16, enabled=half):
-            return model(F.avg_pool2d(picture, shrink), K, hands, -1.0)
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=half): look_at_once(model, picture, hands)
     calls = {}
     for half in ((False,) if device == "cpu" else (False, True)):
         for name, model in networks.items():

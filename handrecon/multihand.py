@@ -7,8 +7,8 @@ __all__ = ['BONE', 'RECIPES', 'DATASETS', 'HELD_OUT_SEED', 'SIDE_COLORS', 'CLAIM
            'Residual', 'MapNetwork', 'read_maps', 'HandHead', 'agreed', 'both_hands', 'MultiHand', 'localization_terms',
            'bone_unit', 'reprojection_terms', 'regular_terms', 'consistency_term', 'terms_3d', 'true_vertices',
            'loss_terms', 'render_hands', 'lit_colours', 'picture_terms', 'FoundHand', 'quarter_turned', 'find_hands',
-           'match', 'average_precision', 'Answers', 'answer', 'score', 'by_count', 'run_times', 'Recipe', 'save',
-           'load', 'picture_groups', 'scenes_from_data', 'load_pictures', 'start', 'single_hands',
+           'match', 'average_precision', 'Answers', 'answer', 'score', 'by_count', 'look_at_once', 'run_times',
+           'Recipe', 'save', 'load', 'picture_groups', 'scenes_from_data', 'load_pictures', 'start', 'single_hands',
            'reconstruction_terms', 'train_network', 'draw_hands', 'report_grid']
 
 # %% ../nbs/23_multihand.ipynb #c3a52896
@@ -689,7 +689,19 @@ def _milliseconds(f) -> float:
     f()
     return 1000 * (time.perf_counter() - begin)
 
-# %% ../nbs/23_multihand.ipynb #8947e2c1
+# %% ../nbs/23_multihand.ipynb #bdc584bd
+@torch.no_grad()
+def look_at_once(
+    model: MultiHand,
+    picture: Float[Tensor, "1 3 S S"],       # f = S
+    hands: int,
+) -> tuple[Peaks, HandsOut]:
+    "The best so many hands of a square picture, whatever their scores."
+    side = picture.shape[-1] // model.config.shrink
+    K = picture.new_tensor([[side, 0, side / 2], [0, side, side / 2], [0, 0, 1]])[None]
+    return model(F.avg_pool2d(picture, model.config.shrink), K, hands, -1.0)
+
+# %% ../nbs/23_multihand.ipynb #e4805520
 @torch.no_grad()
 def run_times(
     model: MultiHand,
@@ -701,12 +713,7 @@ def run_times(
     "One picture with n hands: all at once, and hand by hand."
     picture = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
     K = torch.tensor([[[float(size), 0, size / 2], [0, float(size), size / 2], [0, 0, 1]]])
-    side, crop = size // model.config.shrink, cropped.config.image_size
-    box = torch.tensor([[0.0, 0, size, size]])
-
-    def at_once(n: int):
-        small = F.avg_pool2d(picture, model.config.shrink)
-        model(small, crop_intrinsics(K, box, side), max_hands=n, threshold=-1.0)
+    crop = cropped.config.image_size
 
     def one_by_one(n: int):
         boxes = torch.tensor([[100.0, 100, 300, 300]]).expand(n, 4)
@@ -714,7 +721,7 @@ def run_times(
         cropped(images, crop_intrinsics(K.expand(n, 3, 3), boxes, crop), with_image=False)
 
     model.eval(), cropped.eval()
-    ways = {"all at once": at_once, "hand by hand": one_by_one}
+    ways = {"all at once": lambda n: look_at_once(model, picture, n), "hand by hand": one_by_one}
     rounds = [[[_milliseconds(lambda: way(n)) for n in counts] for way in ways.values()] for _ in range(repeats + 1)]      # in turn: a slow moment meets all counts alike
     return {"hands": list(counts), **dict(zip(ways, np.median(rounds[1:], 0).tolist()))}                                # the first round warms up
 

@@ -280,6 +280,9 @@ if os.environ.get("RANK", "0") == "0":
 """
 
 
+TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+
+
 def _script(out, kill_at=-1, kind="bn", launcher=()):
     return subprocess.run([sys.executable, *launcher, *(("-c", SCRIPT) if not launcher else (str(out.parent / "script.py"),)), str(out), str(kill_at), kind],
                           capture_output=True, text=True, timeout=300)
@@ -301,7 +304,7 @@ def test_sigkill_and_resume_give_the_bits_of_an_undisturbed_run(tmp_path):
 def test_two_processes_are_one_with_the_whole_batch(tmp_path):
     pytest.importorskip("lightning_fabric")
     (tmp_path / "script.py").write_text(SCRIPT)
-    two = _script(tmp_path / "two", kind="plain", launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"))
+    two = _script(tmp_path / "two", kind="plain", launcher=TWO_PROCESSES)
     assert two.returncode == 0, two.stderr[-3000:]
     assert _script(tmp_path / "one", kind="plain").returncode == 0
     a, b = (read_history(tmp_path / f / "train.csv") for f in ("two", "one"))
@@ -315,11 +318,10 @@ def test_two_processes_are_one_with_the_whole_batch(tmp_path):
 def test_two_processes_stop_together_when_one_is_asked_to(tmp_path):
     pytest.importorskip("lightning_fabric")
     (tmp_path / "script.py").write_text(SCRIPT)
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    stopped = _script(tmp_path / "two", 24, "politely", launcher)                       # the first process's 13th batch; nothing would be logged or saved before the end
+    stopped = _script(tmp_path / "two", 24, "politely", TWO_PROCESSES)                       # the first process's 13th batch; nothing would be logged or saved before the end
     assert stopped.returncode != 0 and "stopped after 15 steps" in stopped.stderr, stopped.stderr[-3000:]
     assert len(read_history(tmp_path / "two/train.csv")) == 15 and not (tmp_path / "two/final.safetensors").exists()
-    assert _script(tmp_path / "two", kind="politely", launcher=launcher).returncode == 0
+    assert _script(tmp_path / "two", kind="politely", launcher=TWO_PROCESSES).returncode == 0
     assert _script(tmp_path / "one", kind="politely").returncode == 0
     a, b = (load_checkpoint(tmp_path / f / "final.safetensors").weights for f in ("two", "one"))
     assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
