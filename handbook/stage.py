@@ -52,7 +52,7 @@ def stage(source: Path) -> None:
         if any(part.startswith(".") for part in name.parts): continue
         (source / "nbs" / name).parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(prose_with_code(nbformat.read(path, 4), str(name)), source / "nbs" / name)
-    tables.ledger(source)
+    tables.claims_page(source)
     written = reference.pages() | {"map.md": equations.page()} | tables.fragments()
     for name, text in written.items():
         (source / name).parent.mkdir(parents=True, exist_ok=True)

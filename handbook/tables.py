@@ -5,7 +5,7 @@ from pathlib import Path
 
 import nbformat
 
-from handrecon import claims, conventions
+from handrecon import claims, conventions, ledger
 from handrecon.proxy_hand import posture, proxy_hand
 from handrecon.viz import plotly_mesh
 
@@ -47,7 +47,7 @@ def hand() -> str:
 def reproduction() -> str:
     "Each paper's comparisons: the paper's number, ours, and the command that made it."
     text = []
-    rows = [(claim, claims.ledger_row(claim, ROOT / "handbook/results")) for claim in claims.all_claims()]
+    rows = [(claim, ledger.ledger_row(claim, ROOT / "handbook/results")) for claim in ledger.all_claims()]
     for system in dict.fromkeys(claim.system for claim, _ in rows):
         lines = []
         for claim, row in rows:
@@ -59,15 +59,15 @@ def reproduction() -> str:
                 run = runs.get(claim.ours.get(label, "").partition(":")[0])
                 lines.append([f"[{claim.id}](claims.md#{claim.id}), {claim.where}", label, claim.paper.get(label, "–"), ours, row["verdict"],
                               f"`{claims.command(claim, run, 0)}`" if run else "–"])
-        text.append(f"### {claims.PAPERS.get(system, system)}\n\n" + table(["claim", "quantity", "paper", "ours", "verdict", "command"], lines))
+        text.append(f"### {ledger.PAPERS.get(system, system)}\n\n" + table(["claim", "quantity", "paper", "ours", "verdict", "command"], lines))
     return "\n".join(text) or "No system has claims yet.\n"
 
 
-def ledger(source: Path) -> None:
+def claims_page(source: Path) -> None:
     "claims.md and its picture, from the records of this moment."
-    rows = [claims.ledger_row(claim, ROOT / "handbook/results") for claim in claims.all_claims()]
-    (source / "claims.md").write_text(claims.page(rows))
-    if claims.drawn(rows): claims.forest_plot(rows).savefig(source / claims.PICTURE, dpi=90)
+    rows = [ledger.ledger_row(claim, ROOT / "handbook/results") for claim in ledger.all_claims()]
+    (source / "claims.md").write_text(ledger.page(rows))
+    if ledger.drawn(rows): ledger.forest_plot(rows).savefig(source / ledger.PICTURE, dpi=90)
 
 
 def explore() -> str:

@@ -31,7 +31,8 @@ from .backends import OnnxHand, PictureToHand, example_input, export_onnx, manop
 from .contour import soft_silhouette
 from .files import write_text
 from .mano import MANO_ARRAYS, HandMesh
-from .multihand import RECIPES, MultiHand, load as load_multihand, look_at_once
+from .multihand import RECIPES, MultiHand, load as load_multihand
+from .multihand_report import look_at_once
 from .networks import Appearance, HandCode
 from .proxy_hand import proxy_hand, proxy_hand_arrays
 from .raster import rasterize

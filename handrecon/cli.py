@@ -308,7 +308,7 @@ def claims(
     """What the papers claim, beside what came out here: handbook/claims.md.
 
     Writes the page anew from the records in results/. A record that its command would not make today is refused: exit code 2."""
-    from handrecon.claims import all_claims, find_claims, handbook_folder, run_claims, update
+    from handrecon.ledger import all_claims, find_claims, handbook_folder, run_claims, update
     handbook, known, failures = handbook or handbook_folder(), all_claims(), []
     if run is not None:
         failures = run_claims(find_claims(run, known), handbook, seeds, device_profile, lambda line: typer.echo(line, err=json))

@@ -6,9 +6,10 @@
 __all__ = ['OPENGL_TO_OPENCV', 'FINGERS', 'JOINT_NAMES', 'JOINT_PARENTS', 'BONES', 'MANO_JOINT_NAMES', 'MANO_PARENTS',
            'FINGERTIP_VERTICES', 'MANO_TO_FREIHAND', 'HO3D_TO_FREIHAND', 'S2HAND_MANO_TO_FREIHAND', 'RHD_TO_FREIHAND',
            'STB_TO_FREIHAND', 'INTERHAND_TO_FREIHAND', 'JOINT_ORDERS', 'FIRST_JOINT', 'JOINT_LIMITS_DEGREES',
-           'convert_joints', 'joint_limits', 'Observation', 'Truth']
+           'convert_joints', 'joint_limits', 'Observation', 'Truth', 'nearest']
 
 # %% ../nbs/00_conventions.ipynb #a7a3f187
+import difflib
 from dataclasses import dataclass
 from math import radians
 
@@ -138,3 +139,10 @@ class Truth:
 
     def to(self, device):
         return Truth(*(getattr(self, f).to(device) for f in self.__dataclass_fields__))
+
+# %% ../nbs/00_conventions.ipynb #1501f974
+def nearest(word: str, known: list[str]) -> str:
+    "A hint for a misspelt word: the nearest known one, or all of them."
+    short = {name.rsplit(".")[-1].lower(): name for name in known}
+    match = difflib.get_close_matches(word.rsplit(".")[-1].lower(), short, 1, 0.5)
+    return f"did you mean {short[match[0]]!r}?" if match else f"known: {', '.join(sorted(known))}"

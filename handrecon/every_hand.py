@@ -23,7 +23,8 @@ from .camera import square_box
 from .mano import mirror_rotation
 from .multihand import FoundHand, MultiHand, draw_hands, find_hands, load
 from .reconstruct import (
-    BOX_MARGIN, Frame, Hand2D, Hand3D, InputError, Source, Summary, _write_all, find_sources, guess_intrinsics, in_chunks, read_frames, reconstruct_hands, results_folder)
+    BOX_MARGIN, Frame, Hand2D, Hand3D, InputError, Source, Summary, _write_all, find_sources, guess_intrinsics, in_chunks, read_frames,
+    reconstruct_hands, results_folder)
 from .s2hand import S2Hand, load as load_s2hand
 from .training import load_checkpoint, packaged
 from .video import BLOCK, Keep, VideoResult, link_tracks, solve_video, state_folder

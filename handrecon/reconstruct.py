@@ -38,7 +38,8 @@ from .keypoints import Detections, read_detections
 from .mano import HandMesh, HandModel
 from .networks import Appearance
 from .proxy_hand import proxy_hand
-from .s2hand import FitConfig, S2Hand, S2HandOutput, agree, detect, detection_box, fit_to_detections, load, move_camera, reprojection_error
+from .fit import FitConfig, correct_by_own_joints, detection_box, fit_to_detections, joints_only, reprojection_error
+from .s2hand import S2Hand, S2HandOutput, detect_keypoints, load, move_camera, state_of
 from .rotation import axis_angle_to_matrix, matrix_to_axis_angle
 from .training import load_checkpoint, packaged
 from .viz import draw_skeleton, overlay, read_picture, save_picture, write_glb
@@ -452,7 +453,7 @@ def _attempt(network: S2Hand, observed: Observation, quarter: float) -> tuple[Te
     roll, one, still = observed.K.new_full((len(observed.K),), quarter), observed.K.new_ones(len(observed.K)), observed.K.new_zeros(len(observed.K), 2)
     for look in range(LOOKS):
         rolled, _ = move_camera(observed, roll, one, still)
-        found = detect(network, rolled.image)
+        found = detect_keypoints(network, rolled.image)
         if found is None: return None
         if look < LOOKS - 1: roll = roll + upright_roll(*found)
     xy = move_camera(replace(rolled, keypoints=found[0], confidence=found[1]), -roll, one, still)[0].keypoints
@@ -509,7 +510,8 @@ def reconstruct_hands(
 def _fitted(observed: Observation, model: HandModel, output, config: FitConfig, detected: bool) -> dict:
     "Parameters, mesh and errors (crop pixels) after the fit to detections, or to the network's own joints; errors before are the network's own where there is one."
     small = replace(observed, image=observed.image[..., :1, :1])             # the fit repeats its input for every start
-    found = fit_to_detections(small, model, output, config) if detected else agree(small, model, output, config)
+    with torch.no_grad(): init = None if output is None else state_of(output, joints_only(model))
+    found = fit_to_detections(small, model, init, config) if detected else correct_by_own_joints(small, model, init, config)
     before = found.error_before
     if output is not None:
         before = reprojection_error(output.keypoints, observed.keypoints, observed.confidence)

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'LARGEST', 'Track', 'link_tracks', 'stretches', 'steady', 'Hands', 'Keep', 'state_folder', 'rolls',
-           'guess_block', 'guess_video', 'share_shape', 'average_tracks', 'SmoothFit', 'Placed', 'interpolate',
-           'descend', 'mend', 'side_by_side', 'windows_of', 'fit_stretches', 'track_films', 'Adaptation', 'clip_report',
-           'adapt', 'Clip', 'write_animation', 'read_animation', 'plot_track', 'VideoResult', 'solve_video',
-           'finish_video']
+           'guess_block', 'guess_video', 'share_shape', 'average_tracks', 'SmoothFit', 'interpolate', 'smooth_terms',
+           'mend', 'side_by_side', 'windows_of', 'fit_stretches', 'track_films', 'Adaptation', 'clip_report', 'adapt',
+           'Clip', 'write_animation', 'read_animation', 'plot_track', 'VideoResult', 'solve_video', 'finish_video']
 
 # %% ../nbs/18b_video.ipynb #916499e6
 import hashlib
@@ -28,16 +27,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .camera import project
-from .conventions import Observation, joint_limits
+from .conventions import Observation
 from .files import atomic_path, write_npz
-from .losses import bone_orientation_loss, joint_location_loss
-from .mano import HandMesh, HandModel, mirror_arrays, mirror_rotation
+from .mano import HandModel, mirror_arrays, mirror_rotation
 from .mano_files import _cache_folder as cache_folder
-from .networks import HandCode
 from .render import vertex_normals
-from .reconstruct import Hand2D, Hand3D, Source, ask, axis_angle_hand, crop_observation, guess_intrinsics, guessed, read_frames, stack, upright_roll
-from .rotation import axis_angle_to_matrix, axis_angle_to_quaternion, matrix_to_axis_angle, matrix_to_rotation_6d, quaternion_angle, quaternion_to_axis_angle, quaternion_to_matrix, rotation_6d_to_matrix
-from .s2hand import FitConfig, S2Hand, S2HandOutput, detection_box, fit_to_detections, joints_only, move_camera, reprojection_error, _unlikely as unlikely
+from .reconstruct import (
+    Hand2D, Hand3D, Source, ask, axis_angle_hand, crop_observation, guess_intrinsics, guessed, read_frames, stack, upright_roll)
+from .rotation import axis_angle_to_matrix, axis_angle_to_quaternion, matrix_to_axis_angle, quaternion_angle, quaternion_to_axis_angle, quaternion_to_matrix
+from .fit import FitConfig, HandState, Term, descend, detection_box, fit_to_detections, joints_only, place, reprojection_error
+from .s2hand import S2Hand, move_camera
 from .sequences import AVERAGE, average_rotations, continuous_clips, smooth_in_time
 from .temporal import canonical_normals, detour, hand_quaternions, lit_texture, transition
 from .viz import linear_rgb
@@ -234,20 +233,12 @@ class SmoothFit:
     w_depth: float = 0.0005
     unit: float = 0.005        # metres per squared frame interval, and the same of log depth
 
-
-class Placed(NamedTuple):
-    "A right hand in each of T frames; X = R·hand(pose, shape) + T."
-    pose: Float[Tensor, "T 45"]
-    shape: Float[Tensor, "T 10"]
-    rotation: Float[Tensor, "T 3 3"]
-    translation: Float[Tensor, "T 3"]
-
 # %% ../nbs/18b_video.ipynb #84de6ed1
-def _joints(hand: HandModel, x: Placed) -> Float[Tensor, "T 21 3"]:
-    return hand(x.pose, x.shape).joints @ x.rotation.mT + x.translation[:, None]
+def _joints(hand: HandModel, x: HandState) -> Float[Tensor, "T 21 3"]:
+    return place(hand, x).joints
 
 # %% ../nbs/18b_video.ipynb #82732c05
-def interpolate(x: Placed, at: Float[Tensor, "K"], times: Float[Tensor, "T"]) -> Placed:
+def interpolate(x: HandState, at: Float[Tensor, "K"], times: Float[Tensor, "T"]) -> HandState:
     "Between key frames at rising times `at`: rotations along one axis, the rest along lines; held beyond the ends."
     k = torch.searchsorted(at, times, right=True).clamp(1, max(len(at) - 1, 1)) - 1
     after = (k + 1).clamp(max=len(at) - 1)
@@ -255,56 +246,28 @@ def interpolate(x: Placed, at: Float[Tensor, "K"], times: Float[Tensor, "T"]) ->
     mix = lambda v: torch.lerp(v[k], v[after], share[:, None])
     R = matrix_to_axis_angle(x.rotation)
     q = transition(axis_angle_to_quaternion(R[k]), axis_angle_to_quaternion(R[after]), share)
-    return Placed(mix(x.pose), mix(x.shape), quaternion_to_matrix(q), mix(x.translation))
+    return HandState(mix(x.pose), mix(x.shape), quaternion_to_matrix(q), mix(x.translation))
 
 # %% ../nbs/18b_video.ipynb #30d73847
-def descend(
-    seen: Observation,
-    hand: HandModel,           # joints only
-    start: Placed,
-    fit: FitConfig,
-    smooth: SmoothFit | None,  # None: frames do not see each other
-    steps: int,
-    share: bool = False,       # one shape for all frames, to be found; else the start's is kept
-) -> Placed:
-    "Adam on the energy above."
-    low, high = (v.flatten() for v in joint_limits().unbind(-1))
-    o, unit = fit.objective, fit.objective.reference_size / detection_box(seen.keypoints, seen.confidence)[:, None, None]
-    pose, turn, move = start.pose.clamp(low, high), matrix_to_rotation_6d(start.rotation), torch.zeros_like(start.translation)
-    shape = start.shape.mean(0, keepdim=True) if share else start.shape
-    variables = [v.detach().clone().requires_grad_() for v in (pose, turn, move, *([shape] if share else []))]
-    pose, turn, move = variables[:3]
-    optimizer = torch.optim.Adam(variables, lr=smooth.lr if smooth else fit.lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, optimizer.param_groups[0]["lr"] / 20)
+def smooth_terms(smooth: SmoothFit) -> list[Term]:
+    "What a stretch of frames is held against: turns off the axis of a movement, acceleration of the joints, and of depth."
+    bend = lambda v: v[:-2] - 2 * v[1:-1] + v[2:]
 
-    def state() -> Placed:
-        depth = start.translation[:, 2:] * (0.3 * move[:, 2:]).exp()
-        beta = variables[3].expand(len(pose), -1) if share else shape
-        return Placed(pose, beta, rotation_6d_to_matrix(turn), torch.cat([start.translation[:, :2] + 0.1 * move[:, :2], depth], 1))
+    def detours(x: HandState, joints: Float[Tensor, "T 21 3"]) -> Float[Tensor, ""]:
+        q = hand_quaternions(x.pose, x.rotation)
+        three = [torch.stack([q[:-2 * gap], q[gap:-gap], q[2 * gap:]], 1) for gap in (1, 3) if len(q) > 2 * gap]
+        return sum(smooth.w_quat / 2 * detour(t).mean() for t in three)
 
-    for _ in range(steps):
-        x = state()
-        joints = _joints(hand, x)
-        flat = project(joints, seen.K)
-        energy = (o.w_geo * joint_location_loss(flat * unit, seen.keypoints * unit, seen.confidence)
-                  + o.w_geo * o.w_ori * bone_orientation_loss(flat * unit, seen.keypoints * unit, seen.confidence)
-                  + unlikely(x.pose, x.shape, fit).mean())
-        if smooth and len(pose) > 2:
-            q = hand_quaternions(x.pose, x.rotation)
-            bend = lambda v: v[:-2] - 2 * v[1:-1] + v[2:]
-            for gap in (1, 3):
-                if len(q) > 2 * gap: energy = energy + smooth.w_quat / 2 * detour(torch.stack([q[:-2 * gap], q[gap:-gap], q[2 * gap:]], 1)).mean()
-            energy = energy + smooth.w_acceleration * (bend(joints - joints[:, :1]) / smooth.unit).square().sum(-1).mean()
-            energy = energy + smooth.w_depth * (bend(x.translation[:, 2].log()) / smooth.unit).square().mean()
-        optimizer.zero_grad()
-        (energy * len(pose)).backward()
-        optimizer.step()
-        schedule.step()
-        with torch.no_grad(): pose.copy_(pose.clamp(low, high))
-    with torch.no_grad(): return Placed(*(v.detach().clone() for v in state()))
+    def acceleration(x: HandState, joints: Float[Tensor, "T 21 3"]) -> Float[Tensor, ""]:
+        return smooth.w_acceleration * (bend(joints - joints[:, :1]) / smooth.unit).square().sum(-1).mean()
+
+    def depth(x: HandState, joints: Float[Tensor, "T 21 3"]) -> Float[Tensor, ""]:
+        return smooth.w_depth * (bend(x.translation[:, 2].log()) / smooth.unit).square().mean()
+
+    return [detours, acceleration, depth]
 
 # %% ../nbs/18b_video.ipynb #4f29733d
-def mend(keys: Placed, seen: Observation, at: Float[Tensor, "K"], hand: HandModel, fit: FitConfig, angle: float = 0.7) -> Placed:
+def mend(keys: HandState, seen: Observation, at: Float[Tensor, "K"], hand: HandModel, fit: FitConfig, angle: float = 0.7) -> HandState:
     "Key frames whose hand is turned far from both neighbours' start again from between them; the better answer is kept unless it is much worse to look at."
     if len(at) < 3: return keys
     q = axis_angle_to_quaternion(matrix_to_axis_angle(keys.rotation))
@@ -314,12 +277,12 @@ def mend(keys: Placed, seen: Observation, at: Float[Tensor, "K"], hand: HandMode
     odd[0], odd[-1] = step[0] > angle and step[1] < angle, step[-1] > angle and step[-2] < angle
     if not odd.any() or odd.all(): return keys
     part = lambda x, rows: type(x)(*(getattr(x, f)[rows] for f in (x._fields if hasattr(x, "_fields") else x.__dataclass_fields__)))
-    again = descend(part(seen, odd), hand, interpolate(part(keys, ~odd), at[~odd], at[odd]), fit, None, fit.steps // 2)
+    again = descend(part(seen, odd), hand, interpolate(part(keys, ~odd), at[~odd], at[odd]), fit, fit.steps // 2, shape="kept", last=0.05)
     error = lambda x: reprojection_error(project(_joints(hand, x), seen.K[odd]), seen.keypoints[odd], seen.confidence[odd]) / detection_box(seen.keypoints[odd], seen.confidence[odd])
     better = (error(again) < 2 * error(part(keys, odd)) + 0.01)
     out = [v.clone() for v in keys]
     for v, new in zip(out, again): v[odd.nonzero().flatten()[better]] = new[better]
-    return Placed(*out)
+    return HandState(*out)
 
 # %% ../nbs/18b_video.ipynb #ccc8c3b8
 def side_by_side(works: Sequence[Callable[[], dict]]) -> Iterator[dict]:
@@ -348,13 +311,13 @@ def fit_stretches(
     seen: Observation,                  # T detected frames of one track, as a right hand's crops; images are not looked at
     pieces: list[tuple[int, int]],      # stretches without a gap
     model: HandModel,
-    inits: Placed | None,               # a network's answers, scale moved into depth
+    inits: HandState | None,               # a network's answers, scale moved into depth
     fit: FitConfig = FitConfig(),
     smooth: SmoothFit = SmoothFit(),
     keep: Keep = Keep(None),
     name: str = "fit",
     progress=None,
-) -> Placed:
+) -> HandState:
     "All frames of a track, with one shape, smooth within each stretch."
     hand = joints_only(axis_angle_hand(model))
     part = lambda rows: Observation(*(getattr(seen, f)[rows] for f in Observation.__dataclass_fields__))
@@ -362,35 +325,35 @@ def fit_stretches(
     found = []
     batches = [keys[first:first + smooth.batch] for first in range(0, len(keys), smooth.batch)]
     def alone(rows: Tensor) -> dict[str, np.ndarray]:
-        init = None if inits is None else _as_output(Placed(*(v[rows] for v in inits)), hand)
+        init = None if inits is None else HandState(*(v[rows] for v in inits))
         return _alone(part(rows), model, init, fit)
     works = [partial(keep, f"{name}-keys-{smooth.batch * i:06d}", partial(alone, rows)) for i, rows in enumerate(batches)]
     for rows, made in zip(batches, side_by_side(works)):
-        found.append(Placed(*(torch.from_numpy(made[f]) for f in Placed._fields)))
+        found.append(HandState(*(torch.from_numpy(made[f]) for f in HandState._fields)))
         if progress: progress(0.6 * len(rows) / len(keys))
-    key = Placed(*(torch.cat(v) for v in zip(*found)))
+    key = HandState(*(torch.cat(v) for v in zip(*found)))
     pick = torch.linspace(0, len(keys) - 1, min(48, len(keys))).round().long().unique()
-    shape = torch.from_numpy(keep(f"{name}-shape", lambda: {"shape": descend(part(keys[pick]), hand, Placed(*(v[pick] for v in key)), fit, None, fit.steps, share=True).shape[:1].numpy()})["shape"])
+    shape = torch.from_numpy(keep(f"{name}-shape", lambda: {"shape": descend(part(keys[pick]), hand, HandState(*(v[pick] for v in key)), fit, fit.steps, shape="one", last=0.05).shape[:1].numpy()})["shape"])
     key = key._replace(shape=shape.expand(len(keys), -1))
-    def together(rows: slice, begin: Placed) -> dict[str, np.ndarray]:
-        return {field: v.numpy() for field, v in descend(part(rows), hand, begin, fit, smooth, smooth.steps)._asdict().items()}
-    out = Placed(torch.zeros(len(seen.K), 45), shape.expand(len(seen.K), -1).clone(), torch.eye(3).repeat(len(seen.K), 1, 1), torch.zeros(len(seen.K), 3))
+    def together(rows: slice, begin: HandState) -> dict[str, np.ndarray]:
+        return {field: v.numpy() for field, v in descend(part(rows), hand, begin, fit, smooth.steps, smooth_terms(smooth) if len(begin.pose) > 2 else (), "kept", smooth.lr, 0.05)._asdict().items()}
+    out = HandState(torch.zeros(len(seen.K), 45), shape.expand(len(seen.K), -1).clone(), torch.eye(3).repeat(len(seen.K), 1, 1), torch.zeros(len(seen.K), 3))
     windows, works = [], []
     for a, b in pieces:
         mine = (keys >= a) & (keys < b)
-        own = mend(Placed(*(v[mine] for v in key)), part(keys[mine]), keys[mine].float(), hand, fit)
+        own = mend(HandState(*(v[mine] for v in key)), part(keys[mine]), keys[mine].float(), hand, fit)
         start = interpolate(own, keys[mine].float(), torch.arange(a, b).float())
         for first, last in windows_of(a, b, smooth):
-            begin = Placed(*(v[first - a:last - a] for v in start))
+            begin = HandState(*(v[first - a:last - a] for v in start))
             windows.append((first, last, 0 if first == a else min(smooth.overlap, last - first)))
             works.append(partial(keep, f"{name}-window-{first:08d}", partial(together, slice(first, last), begin)))
     for (first, last, overlap), made in zip(windows, side_by_side(works)):
-        _blend(out, Placed(*(torch.from_numpy(made[f]) for f in Placed._fields)), first, overlap)
+        _blend(out, HandState(*(torch.from_numpy(made[f]) for f in HandState._fields)), first, overlap)
         if progress: progress(0.4 * (last - first) / len(seen.K))
     return out
 
 # %% ../nbs/18b_video.ipynb #bdc434c3
-def _alone(seen: Observation, model: HandModel, init: S2HandOutput | None, fit: FitConfig) -> dict[str, np.ndarray]:
+def _alone(seen: Observation, model: HandModel, init: HandState | None, fit: FitConfig) -> dict[str, np.ndarray]:
     "Key frames one by one, with many starts."
     found = fit_to_detections(seen, model, init, fit)
     R = axis_angle_to_matrix(found.rotation)
@@ -399,14 +362,7 @@ def _alone(seen: Observation, model: HandModel, init: S2HandOutput | None, fit: 
     return {"pose": found.pose.numpy(), "shape": found.shape.numpy(), "rotation": R.numpy(), "translation": translation.numpy()}
 
 
-def _as_output(x: Placed, hand: HandModel) -> S2HandOutput:
-    "What `fit_to_detections` reads of a network's answer."
-    joints = _joints(hand, x)
-    one = torch.ones(len(joints), 1)
-    return S2HandOutput(HandMesh(joints, joints), joints[..., :2], x.pose, x.rotation, HandCode(x.pose, x.shape, one, matrix_to_axis_angle(x.rotation), x.translation), None, None, None)
-
-
-def _blend(out: Placed, new: Placed, first: int, overlap: int) -> None:
+def _blend(out: HandState, new: HandState, first: int, overlap: int) -> None:
     "Write a window into its place; over the frames that the last window also has, fade from it."
     n = len(new.pose)
     share = torch.ones(n)
@@ -467,7 +423,8 @@ class Adaptation(NamedTuple):
 
 def clip_report(network, films) -> dict[str, float]:
     "Consistency of frame-wise answers, and their distance to the detections."
-    from handrecon.s2hand_video import consistency, predict
+    from handrecon.s2hand_video_report import consistency
+    from handrecon.s2hand_video import predict
     said = predict(network, films)
     seen = films.at(range(len(films)))
     error = reprojection_error(said.keypoints, seen.keypoints, seen.confidence)
@@ -699,7 +656,7 @@ def _fit_tracks(found: Hands, hands, tracks, model: HandModel, K, fit: FitConfig
         if not np.isnan(found.values["pose"][rows]).any():
             v = {k: torch.from_numpy(found.values[k][rows]) for k in ("pose", "shape", "rotation", "translation", "scale")}
             R, wrist = axis_angle_to_matrix(v["rotation"]), skeleton(torch.zeros_like(v["pose"]), v["shape"]).joints[:, 0]
-            inits = Placed(v["pose"], v["shape"], R, (v["scale"] * wrist + v["translation"]) / v["scale"] - (R @ wrist[..., None])[..., 0])
+            inits = HandState(v["pose"], v["shape"], R, (v["scale"] * wrist + v["translation"]) / v["scale"] - (R @ wrist[..., None])[..., 0])
         share = len(own) / max(1, len(found.frame))
         x = fit_stretches(seen, stretches(track.frames), model, inits, fit, smooth, keep, f"track{n}", (lambda s: progress(s * share)) if progress else None)
         wrist = skeleton(torch.zeros_like(x.pose), x.shape).joints[:, 0]

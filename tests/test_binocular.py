@@ -5,10 +5,11 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
+from handrecon.binocular_report import CLAIMS, score
 from handrecon.binocular import (
-    CLAIMS, RECIPES, BinocularConfig, MeshPixels, MeshRegressor, Reconstruction, TransferBatch, aside, find_in_right, fit_hand, heat_map_loss, interpolation_weights,
-    joints_of, learn_prior, load, load_pairs, loss_terms, mesh_from_relief, own_edges, predict, prepare_transfer, prior_targets, prior_terms, PriorBatches, reconstruct_files,
-    reconstruct_pair, save, score, spread_points, stb_pairs, transfer)
+    RECIPES, BinocularConfig, MeshPixels, MeshRegressor, Reconstruction, TransferBatch, aside, find_in_right, fit_hand, heat_map_loss,
+    interpolation_weights, joints_of, learn_prior, load, load_pairs, loss_terms, mesh_from_relief, own_edges, predict, prepare_transfer,
+    prior_targets, prior_terms, PriorBatches, reconstruct_files, reconstruct_pair, save, spread_points, stb_pairs, transfer)
 from handrecon.camera import project, unproject
 from handrecon.layouts import write_layout
 from handrecon.proxy_hand import proxy_hand, sample_poses, sample_shapes

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from handrecon import claims as C
-from handrecon.claims import (WORDS, Claim, Measured, Run, all_claims, all_of, close, command, expected_config, find_claims, ledger_row, measure,
-                              missing_runs, ordering, page, ratio_at_least, ratio_at_most, read_record, read_records, record_path, run_claim, update, within)
+from handrecon import ledger as C
+from handrecon.claims import WORDS, Claim, Measured, Run, all_of, close, command, ordering, ratio_at_least, ratio_at_most, within
+from handrecon.ledger import (
+    all_claims, expected_config, find_claims, ledger_row, measure, missing_runs, page, read_record, read_records, record_path, run_claim, update)
 from handrecon.runs import RunError, config_hash
 
 ROOT = Path(__file__).parent.parent
@@ -219,7 +220,7 @@ def test_two_processes_do_not_make_the_same_run(tmp_path, monkeypatch):
 
 def test_a_killed_run_goes_on(tmp_path, monkeypatch):
     "Killed half way, the run leaves no record and no lock; asked again, it goes on in the same folder."
-    script = ("import time\nfrom pathlib import Path\nfrom handrecon import claims as C\nfrom handrecon.claims import Claim, Run, within\n"
+    script = ("import time\nfrom pathlib import Path\nfrom handrecon import ledger as C\nfrom handrecon.claims import Claim, Run, within\n"
               "def half(system, profile, dataset, root, overrides, out, seed, resume):\n"
               "    (out / 'half').write_text('done')\n    time.sleep(60)\n"
               "C.reproduce = half\n"

@@ -9,8 +9,9 @@ import torch
 import handrecon.multihand as M
 from handrecon.camera import project
 from handrecon.multihand import (
-    RECIPES, Answers, MultiHand, MultiHandConfig, Recipe, _distinct, average_precision, draw_hands, find_hands, load, loss_terms, match, quarter_turned, render_hands, run_times, save, score,
-    scenes_from_data, start, train_network, true_vertices)
+    RECIPES, Answers, MultiHand, MultiHandConfig, Recipe, _distinct, draw_hands, find_hands, load, loss_terms, match, quarter_turned,
+    render_hands, save, scenes_from_data, start, train_network, true_vertices)
+from handrecon.multihand_report import average_precision, run_times, score
 from handrecon.proxy_hand import proxy_hand
 from handrecon.scenes import SceneConfig, Scenes, make_scenes
 from handrecon.training import TrainConfig, load_checkpoint

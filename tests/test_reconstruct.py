@@ -11,7 +11,8 @@ from handrecon import reconstruct as R
 from handrecon.camera import project
 from handrecon.keypoints import Detections, write_openpose, write_s2hand_detections
 from handrecon.proxy_hand import posture, proxy_hand
-from handrecon.s2hand import FitConfig, S2Hand, S2HandConfig, save
+from handrecon.fit import FitConfig
+from handrecon.s2hand import S2Hand, S2HandConfig, save
 from handrecon.viz import read_picture, save_picture
 
 QUICK = FitConfig(steps=60)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from handrecon import s2hand
+from handrecon import s2hand, s2hand_report
 from handrecon.camera import project
 from handrecon.conventions import Observation, Truth, joint_limits
 from handrecon.feeding import Crops
@@ -19,8 +19,10 @@ from handrecon.metrics import pa_mpjpe
 from handrecon.proxy_hand import POSTURES, posture, proxy_hand, sample_poses, sample_shapes
 from handrecon.rotation import axis_angle_to_matrix, matrix_to_axis_angle, random_rotations
 from handrecon.s2hand import (
-    RECIPES, FitConfig, Pictures, Prediction, S2Hand, S2HandConfig, detection_box, fit_to_detections, joints_only, learn, load, load_real, load_synthetic, loss_terms,
-    _open_split, loss_terms_supervised, move_camera, place_translation, predict, predict_mean_pose, report_grid, reprojection_error, save, score, self_supervised, similarity_2d, stages, supervised)
+    RECIPES, Pictures, Prediction, S2Hand, S2HandConfig, learn, load, load_real, load_synthetic, loss_terms, _open_split, loss_terms_supervised,
+    move_camera, place_translation, predict, save, self_supervised, stages, state_of, supervised)
+from handrecon.fit import FitConfig, correct_by_own_joints, detection_box, fit_to_detections, joints_only, reprojection_error, similarity_2d
+from handrecon.s2hand_report import predict_mean_pose, report_grid, score
 from handrecon.layouts import write_layout
 from handrecon.synthetic import SyntheticConfig, make_batch, write_freihand
 from handrecon.training import TrainConfig, fit, map_tensors
@@ -369,7 +371,7 @@ def test_hands_are_fitted_independently(hand):
 def test_network_answer_is_a_start(model, hand, batch):
     seen = batch[0]
     output = model(seen.image, seen.K)
-    fitted = fit_to_detections(seen, hand, output, FitConfig(steps=60, starts=6))
+    fitted = fit_to_detections(seen, hand, state_of(output, joints_only(hand)), FitConfig(steps=60, starts=6))
     assert torch.allclose(fitted.error_before, reprojection_error(output.keypoints, seen.keypoints, seen.confidence), atol=1e-2)
     assert (fitted.error_after < fitted.error_before).all()
 
@@ -377,14 +379,14 @@ def test_network_answer_is_a_start(model, hand, batch):
 def test_a_networks_hand_and_its_own_joints_agree():
     network, (seen, _) = load("s2hand"), make_batch(6, seed=2**30 + 1, config=SyntheticConfig(image_size=64, view_spread=0.5))
     with torch.no_grad(): answer = network(seen.image, seen.K, with_image=False)
-    xy, confidence = s2hand.detect(network, seen.image)
+    xy, confidence = s2hand.detect_keypoints(network, seen.image)
     assert xy.shape == (6, 21, 2) and torch.equal(confidence, torch.ones(6, 21))
     own = replace(seen, keypoints=xy, confidence=confidence)
-    free, pulled = (s2hand.agree(own, network.hand, answer, FitConfig(w_network=w)) for w in (0.0, 5.0))
+    free, pulled = (correct_by_own_joints(own, network.hand, state_of(answer, joints_only(network.hand)), FitConfig(w_network=w)) for w in (0.0, 5.0))
     assert (pulled.pose - answer.pose).norm() < 0.3 * (free.pose - answer.pose).norm()
     assert (free.error_after <= pulled.error_after + 0.2).all() and (free.error_after < free.error_before).all()
     content = replace(seen, keypoints=answer.keypoints, confidence=confidence)      # nothing to correct
-    assert reprojection_error(s2hand.agree(content, network.hand, answer, FitConfig(w_network=5.0)).keypoints, answer.keypoints, confidence).max() < 0.5
+    assert reprojection_error(correct_by_own_joints(content, network.hand, state_of(answer, joints_only(network.hand)), FitConfig(w_network=5.0)).keypoints, answer.keypoints, confidence).max() < 0.5
 
 
 def test_missing_joints_do_not_move_the_fit(hand):
@@ -515,10 +517,10 @@ def test_a_branch_can_join_a_network_and_travel_with_it(tmp_path, batch):
     both = s2hand.with_branch(alone, donor.branch, BOTH)
     save(tmp_path / "both.safetensors", both, dtype=torch.float16)
     again = load(tmp_path / "both.safetensors")
-    xy, con = s2hand.detect(again, batch[0].image)
+    xy, con = s2hand.detect_keypoints(again, batch[0].image)
     assert torch.allclose(xy, donor.branch.eval()(batch[0].image).xy, atol=0.1) and (con > 0).all() and (con <= 1).all()
     assert torch.allclose(predict(again, batch[0]).joints, predict(alone, batch[0]).joints, atol=2e-3)
-    assert s2hand.detect(alone, batch[0].image) is None
+    assert s2hand.detect_keypoints(alone, batch[0].image) is None
 
 
 def test_files_from_before_the_branch_still_load(tmp_path):
@@ -534,13 +536,13 @@ def test_files_from_before_the_branch_still_load(tmp_path):
 
 def test_distances_of_the_three_sets_of_key_points(batch):
     seen, known = batch
-    found = s2hand.keypoint_distances(new().eval(), replace(seen, keypoints=known.keypoints + 3.0), known)
+    found = s2hand_report.keypoint_distances(new().eval(), replace(seen, keypoints=known.keypoints + 3.0), known)
     assert set(found) == {"detections", "projected", "branch"} and len({len(d) for d in found.values()}) == 1
     assert torch.allclose(found["detections"], torch.tensor(3 * 2**0.5 * 224 / 64), rtol=1e-4)
 
 
 def test_photometric_error_needs_no_texture_branch(batch):
-    painted, plain = s2hand.photometric_error(new(SMALL), *batch), s2hand.photometric_error(new(replace(SMALL, w_photo=0.0)), *batch)
+    painted, plain = s2hand_report.photometric_error(new(SMALL), *batch), s2hand_report.photometric_error(new(replace(SMALL, w_photo=0.0)), *batch)
     assert all(abs(painted[name] - plain[name]) < 0.02 for name in ("L1", "1-SSIM", "IoU"))     # untrained: mean skin either way
 
 
@@ -548,20 +550,20 @@ def test_failures_are_found(batch, hand):
     seen, known = batch
     right = Prediction(known.joints, known.vertices, known.keypoints)
     mirrored = right._replace(joints=(known.joints - known.joints[:, :1]) * torch.tensor([1.0, 1, -1]) + known.joints[:, :1])
-    assert not s2hand.failure_causes(right, known, seen)["depth flip"].any()
-    assert s2hand.failure_causes(mirrored, known, seen)["depth flip"][s2hand.wrist_error(mirrored, known) > 5].all()
+    assert not s2hand_report.failure_causes(right, known, seen)["depth flip"].any()
+    assert s2hand_report.failure_causes(mirrored, known, seen)["depth flip"][s2hand_report.wrist_error(mirrored, known) > 5].all()
     bad = replace(seen, keypoints=known.keypoints + 30, confidence=torch.ones_like(seen.confidence))
-    assert s2hand.failure_causes(right, known, bad)["poor detection"].all()
-    table = s2hand.failure_table(mirrored, known, seen)
+    assert s2hand_report.failure_causes(right, known, bad)["poor detection"].all()
+    table = s2hand_report.failure_table(mirrored, known, seen)
     assert set(table) == {"depth flip", "fist", "extreme view", "poor detection", "none of these"} and 0 <= table["fist"]["share"] <= 1
-    sheet, words = s2hand.failure_gallery(hand.faces, mirrored, known, seen, rows=3, side=48)
+    sheet, words = s2hand_report.failure_gallery(hand.faces, mirrored, known, seen, rows=3, side=48)
     assert len(words) == 3 and "depth flip" in words[0] and sheet.std() > 5
 
 
 def test_claims_can_be_commanded():
-    from handrecon.claims import expected_config
+    from handrecon.ledger import expected_config
     metrics = {"loc", "ori", "branch", "all"}
-    for claim in s2hand.CLAIMS:
+    for claim in s2hand_report.CLAIMS:
         assert {address.split(":")[0] for address in claim.ours.values()} <= {run.name for run in claim.runs}
         for run in claim.runs: assert len(expected_config(claim, run, 0)["hash"]) == 12
-    assert {run.name for run in s2hand.CLAIMS[1].runs} == metrics
+    assert {run.name for run in s2hand_report.CLAIMS[1].runs} == metrics

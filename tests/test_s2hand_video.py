@@ -5,13 +5,14 @@ import pytest
 import torch
 
 from handrecon import s2hand
-from handrecon.claims import expected_config
+from handrecon.ledger import expected_config
 from handrecon.conventions import Observation
 from handrecon.proxy_hand import proxy_hand
 from handrecon.runs import resolve
+from handrecon.s2hand_video_report import CLAIMS, consistency, film_strip, score, truth_as_prediction
 from handrecon.s2hand_video import (
-    CLAIMS, HELD_OUT_SEED, RECIPES, FilmBatches, Films, S2HandVideo, VideoConfig, VideoPrediction, consistency, far_camera, film_strip, load, load_training_films,
-    loss_terms, new_network, predict, real_films, save, score, self_supervised, synthetic_films, training, truth_as_prediction, video_terms)
+    HELD_OUT_SEED, RECIPES, FilmBatches, Films, S2HandVideo, VideoConfig, VideoPrediction, far_camera, load, load_training_films, loss_terms,
+    new_network, predict, real_films, save, self_supervised, synthetic_films, training, video_terms)
 from handrecon.sequences import WORLDS
 from handrecon.training import TrainConfig, fit
 

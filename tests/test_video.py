@@ -18,7 +18,8 @@ from handrecon.keypoints import Detections, write_openpose
 from handrecon.mano import HandModel, mirror_arrays
 from handrecon.proxy_hand import posture, proxy_hand
 from handrecon.rotation import quaternion_angle
-from handrecon.s2hand import FitConfig, joints_only, load
+from handrecon.fit import FitConfig, joints_only
+from handrecon.s2hand import load
 from handrecon.sequences import SequenceConfig, make_sequences
 from handrecon.viz import to_picture
 
