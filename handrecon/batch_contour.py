@@ -17,7 +17,8 @@ from torch import Tensor
 
 from .contour import edges_of
 from .cuda_raster import project_batch, to_camera_batch
-from .raster import NEAR, Fragments, host, only_once
+from .kernels import host, only_once
+from .raster import NEAR, Fragments
 
 # %% ../nbs/05d_batch_contour.ipynb #1cd224ad
 @lru_cache(8)

@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .raster import NEAR, Fragments, check_mesh, compiled, drawn_in_place, host, in_threads, only_once, project_vertices, strips_of
+from .kernels import compiled, drawn_in_place, host, in_threads, only_once
+from .raster import NEAR, Fragments, check_mesh, project_vertices, strips_of
 
 # %% ../nbs/05b_contour.ipynb #14dc507e
 @lru_cache(8)

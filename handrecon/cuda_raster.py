@@ -15,8 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .contour import FADE
-from .cuda_hand import kernel
-from .raster import NEAR, Fragments, only_once
+from .kernels import kernel, only_once
+from .raster import NEAR, Fragments
 
 try:
     import triton

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from .contour import blend, edges_of, empty_contour, find_contour, move_edge, trace_contour
-from .raster import compiled, host, in_threads, only_once, project_vertices, rasterize_strip, strips_of, vertices_from_planes
+from .kernels import compiled, host, in_threads, only_once
+from .raster import project_vertices, rasterize_strip, strips_of, vertices_from_planes
 
 # %% ../nbs/06b_fused.ipynb #da6e409c
 @compiled

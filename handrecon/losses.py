@@ -18,8 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .conventions import BONES, joint_limits
-from .fast_hand import vectorized
-from .raster import host, in_threads, only_once
+from .kernels import host, in_threads, only_once, vectorized
 
 # %% ../nbs/07_losses.ipynb #ba2d2d50
 def smooth_l1(

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .contour import antialias
 from .fused import FusedRender
-from .raster import NEAR, Fragments, check_mesh, drawn_in_place
+from .kernels import drawn_in_place
+from .raster import NEAR, Fragments, check_mesh
 
 # %% ../nbs/06_render.ipynb #fed166a4
 def interpolate(

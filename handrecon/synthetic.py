@@ -32,10 +32,11 @@ from tqdm import tqdm
 from .camera import project
 from .conventions import Observation, Truth
 from .files import atomic_path, leftovers, write_bytes, write_text
+from .kernels import compiled, host, in_threads
 from .keypoints import DetectorNoise, shortest_decimals, simulate_detections
 from .mano import HandMesh, HandModel
 from .proxy_hand import proxy_hand, sample_poses, sample_shapes, sample_textures
-from .raster import Fragments, compiled, host, in_threads, rasterize
+from .raster import Fragments, rasterize
 from .render import vertex_normals
 from .rotation import axis_angle_to_matrix, matrix_to_axis_angle, random_rotations
 

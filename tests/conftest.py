@@ -7,7 +7,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # where Triton is installed, ker
 from hypothesis import settings  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
-UNCHECKED = {"raster", "contour", "fused", "cuda_raster", "fast_hand", "cuda_hand", "cli", "_modidx"}  # compiled kernels, and signatures that typer reads
+UNCHECKED = {"kernels", "raster", "contour", "fused", "cuda_raster", "fast_hand", "cuda_hand", "cli", "_modidx"}  # compiled kernels, and signatures that typer reads
 
 
 def _modules():

@@ -11,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from handrecon import raster
+from handrecon import kernels, raster
 from handrecon.batch_contour import antialias_batch, edge_table, find_pairs_batch, find_pieces_batch, neighbours
 from handrecon.camera import project
 from handrecon.contour import FADE, antialias, find_contour, soft_silhouette
 from handrecon.cuda_raster import need_triton, paint_cuda, project_batch, rasterize_cuda, soft_silhouette_cuda, to_camera_batch
+from handrecon.kernels import host
 from handrecon.proxy_hand import proxy_hand
-from handrecon.raster import host, project_vertices, rasterize, rasterize_reference
+from handrecon.raster import project_vertices, rasterize, rasterize_reference
 from handrecon.render import light_from_vector, render
 from handrecon.rotation import axis_angle_to_matrix
 from raster_fixtures import soup
@@ -30,7 +31,7 @@ SIZES = st.sampled_from([(24, 31), (40, 33), (64, 64)])
 @pytest.fixture
 def in_place(monkeypatch):
     "Tensors of the processor count as a graphics card's."
-    monkeypatch.setattr(raster, "KERNEL_DEVICES", {"cpu", "cuda"})
+    monkeypatch.setattr(kernels, "KERNEL_DEVICES", {"cpu", "cuda"})
 
 
 def hands(seed, size, dtype=torch.float64, batch=2):
@@ -234,7 +235,7 @@ def test_whole_render_stays_on_the_device(in_place, monkeypatch, per_face, dtype
         picture = render(v, faces, K, size, texture, light_from_vector(light), background)
         return picture.image, picture.silhouette, picture.depth, picture.fragments.barycentric
     ours, mine = gradients(drawn, leaves)
-    monkeypatch.setattr(raster, "KERNEL_DEVICES", {"cuda"})
+    monkeypatch.setattr(kernels, "KERNEL_DEVICES", {"cuda"})
     theirs, other = gradients(drawn, leaves)
     for a, b in zip((*ours, *mine), (*theirs, *other)): assert relative(a, b) < tolerance
 
@@ -278,7 +279,7 @@ def test_kernels_refuse_a_second_derivative(in_place, function):
 
 
 def test_processor_tensors_are_drawn_by_the_processor():
-    assert not raster.drawn_in_place(torch.zeros(1))
+    assert not kernels.drawn_in_place(torch.zeros(1))
 
 
 def test_a_missing_triton_is_one_sentence(monkeypatch):
