@@ -18,6 +18,7 @@ from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from .resnet import ResNet
 from .rotation import matrix_to_axis_angle, rotation_6d_to_matrix
 
 # %% ../nbs/11_networks.ipynb #62eed685
@@ -46,9 +47,9 @@ BACKBONES = {
 # %% ../nbs/11_networks.ipynb #2c57c220
 def _library_model(spec: BackboneSpec) -> nn.Module:
     "The bare network with random weights (from PyTorch's global generator)."
-    from transformers import EfficientNetConfig, EfficientNetModel, ResNetConfig, ResNetModel  # slow import: only when needed
-    if spec.family == "resnet":
-        return ResNetModel(ResNetConfig(**spec.geometry))
+    if spec.family == "resnet": return ResNet(**spec.geometry)
+    try: from transformers import EfficientNetConfig, EfficientNetModel  # slow import: only when needed
+    except ImportError: raise ImportError("EfficientNet comes from transformers, which is not installed: pip install 'handrecon[efficientnet]'") from None
     model = EfficientNetModel(EfficientNetConfig(**spec.geometry, drop_connect_rate=0.0))
     model.pooler = nn.AdaptiveAvgPool2d(1)      # the same mean: the library's window of 1280² is cut to the map by torch, but not by torch.compile
     return model
@@ -88,7 +89,7 @@ class Backbone(nn.Module):
         if image.ndim != 4 or image.shape[1] != 3 or min(image.shape[2:]) < 32:
             raise ValueError(f"image: expected shape (B, 3, H, W) with H and W at least 32, found {tuple(image.shape)}")
         x = ((image - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-        out = self.body(x, output_hidden_states=True)
+        out = self.body(x) if isinstance(self.body, ResNet) else self.body(x, output_hidden_states=True)
         low, *later = out.hidden_states[BACKBONES[self.name].low_index:]
         coarser = {x.shape[-2:]: x for x in later if x.shape[-2:] != low.shape[-2:]}   # the last of each size stays
         return out.pooler_output.flatten(1), [low, *coarser.values()]
@@ -122,7 +123,8 @@ def _fill(backbone: Backbone, found: dict[str, Tensor], source: str) -> None:
 # %% ../nbs/11_networks.ipynb #bdb8bbd5
 def _hub_file(repository: str) -> Path:
     "The weights file of a hub repository: from the local cache, else downloaded. OSError if it cannot be had."
-    from huggingface_hub import hf_hub_download, hf_hub_url, try_to_load_from_cache
+    try: from huggingface_hub import hf_hub_download, hf_hub_url, try_to_load_from_cache
+    except ImportError: raise OSError("huggingface_hub is not installed: pip install 'handrecon[efficientnet]'") from None
     cached = try_to_load_from_cache(repository, "model.safetensors")
     if isinstance(cached, str):
         return Path(cached)

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from handrecon import networks
+from handrecon.resnet import ResNet
 from handrecon.networks import BACKBONES, FRONT_LIGHT, MEAN_SKIN, HandEncoder, begin_as, make_backbone, mlp
 
 COUNTS = {"efficientnet-b0": 4_007_548, "efficientnet-b3": 10_696_232, "resnet18": 11_176_512, "resnet50": 23_508_032, "medium": 4_330_400}  # torchvision's, less classifier; medium is ours
@@ -68,7 +69,7 @@ def test_momentum_is_the_callers():
 def test_colours_are_normalised(small):
     mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None].expand(1, 3, 64, 64)
     with torch.no_grad():
-        inside = small.body(torch.zeros(1, 3, 64, 64), output_hidden_states=True)
+        inside = small.body(torch.zeros(1, 3, 64, 64))
         assert torch.allclose(small(mean)[0], inside.pooler_output.flatten(1), atol=1e-5)
 
 
@@ -233,3 +234,30 @@ def test_what_does_not_fit_is_told(small, name, change):
     given = {k: v for k, v in small.state_dict().items() if k not in change}
     with pytest.raises(ValueError, match=f"backbone {name}: expected weights of a ResNet of the same widths .* found that '.+' does not fit"):
         begin_as(make_backbone(name), given)
+
+
+@pytest.mark.parametrize("name", ["small", "medium", "resnet18", "resnet50"])
+def test_our_resnet_is_the_library_s(name):
+    "Names, random draws and answers, bit for bit: records of runs and published weights depend on it."
+    transformers = pytest.importorskip("transformers")
+    geometry = BACKBONES[name].geometry
+    torch.manual_seed(3)
+    theirs, their_next = transformers.ResNetModel(transformers.ResNetConfig(**geometry)), torch.rand(1)
+    torch.manual_seed(3)
+    ours, our_next = ResNet(**geometry), torch.rand(1)
+    a, b = theirs.state_dict(), ours.state_dict()
+    assert list(a) == list(b) and all(torch.equal(a[k], b[k]) for k in a) and torch.equal(their_next, our_next)
+    picture = torch.rand(2, 3, 64, 64)
+    for training in (True, False):
+        x, y = theirs.train(training)(picture, output_hidden_states=True), ours.train(training)(picture)
+        assert torch.equal(x.pooler_output, y.pooler_output) and all(map(torch.equal, x.hidden_states, y.hidden_states))
+
+
+def test_a_packaged_network_runs_without_transformers():
+    code = ("import sys; sys.modules['transformers'] = sys.modules['huggingface_hub'] = None\n"
+            "import handrecon, torch; network = handrecon.load('s2hand'); handrecon.load('multihand')\n"
+            "from handrecon.networks import make_backbone\n"
+            "try: make_backbone('efficientnet-b0')\n"
+            "except ImportError as problem: print(problem)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "handrecon[efficientnet]" in done.stdout, done.stderr
