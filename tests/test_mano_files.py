@@ -360,7 +360,7 @@ def test_mano_layer_is_manopths(tmp_path):
             assert torch.allclose(palm[1][:, 0], palm[0][:, [22, 95]].mean(1), atol=1e-2) and torch.equal(palm[1][:, 1:], moved[1][:, 1:])
     assert layer.th_faces.shape == (1538, 3) and layer.th_v_template.shape == (1, 778, 3) and layer.th_J_regressor.shape == (16, 778) and layer.th_weights.shape == (778, 16)
     with pytest.raises(ValueError, match="rotation modes"):
-        mf.ManoLayer(mano_root=tmp_path, root_rot_mode="rot6d")
+        mf.ManoLayer(mano_root=tmp_path, root_rot_mode="euler")
 
 
 def test_the_rendered_mirror_image(tmp_path):
@@ -381,3 +381,35 @@ def test_the_rendered_mirror_image(tmp_path):
     different = (ours.image.flip(-1) - theirs.image).abs().amax(1) > 0.02
     assert ours.silhouette.mean() > 0.05 and different.float().mean() < 2e-3       # pixels whose centre lies on an edge may fall either way
     assert (ours.silhouette.flip(-1) - theirs.silhouette).abs().mean() < 1e-3
+
+
+def test_manopth_s_matrices_and_six_numbers_bend_as_angles_do(tmp_path):
+    from handrecon.rotation import axis_angle_to_matrix, matrix_to_rotation_6d
+    write(tmp_path / "MANO_RIGHT.pkl", python2_pickle(ARRAYS))
+    rotation, trans = torch.tensor([[0.3, -0.2, 0.9], [0.0, 0.1, 0.0]]), torch.tensor([[0.1, 0.0, 0.5], [0.0, 0.0, 0.4]])
+    layer = lambda **options: mf.ManoLayer(mano_root=tmp_path, **options)
+    angles = layer(use_pca=False)(torch.cat([rotation, POSE], 1), th_trans=trans)
+    matrices = axis_angle_to_matrix(torch.cat([rotation, POSE], 1).unflatten(1, (16, 3)))
+    for scale in (1.0, 1.1):                                     # a matrix that is no rotation stands for the nearest one
+        for a, b in zip(angles, layer(use_pca=False, joint_rot_mode="rotmat", flat_hand_mean=False)(scale * matrices, th_trans=trans)):
+            assert torch.allclose(a, b, atol=0.05)               # millimetres
+    six = torch.cat([matrix_to_rotation_6d(matrices[:, 0]), POSE], 1)
+    for mode in ("rot6d", "rotmat"):                             # manopth reads six numbers in both
+        for a, b in zip(angles, layer(use_pca=False, root_rot_mode=mode)(six, th_trans=trans)): assert torch.allclose(a, b, atol=0.05)
+    with pytest.raises(ValueError, match=r"expected rotation matrices of shape \(B, 16, 3, 3\), found \(2, 48\)"):
+        layer(use_pca=False, joint_rot_mode="rotmat")(torch.zeros(2, 48))
+
+
+def test_a_model_in_the_wrong_wrapping_is_told_what_it_is(tmp_path):
+    import collections
+    import gzip
+    plain = pickle.dumps({k: np.asarray(v) for k, v in ARRAYS.items()}, 2)
+    torch.save({"v_template": torch.zeros(3)}, tmp_path / "saved.pth")
+    np.save(tmp_path / "dict.npy", np.zeros(3))
+    wrong = {"gzip": gzip.compress(plain), "Git LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "binary mode": plain.replace(b"\n", b"\r\n"),
+             "PyTorch tensors": pickle.dumps({"v_template": torch.zeros(3)}), "torch.save": (tmp_path / "saved.pth").read_bytes(), "numpy.savez": (tmp_path / "dict.npy").read_bytes()}
+    for word, data in wrong.items():
+        with pytest.raises(mf.ManoFileError, match=word): mf.load_mano(write(tmp_path / "MANO_RIGHT.pkl", data), "right", cache=False)
+    ordered = pickle.dumps(collections.OrderedDict((k, np.asarray(v)) for k, v in ARRAYS.items()), 2)
+    assert mf.load_mano(write(tmp_path / "ordered.pkl", ordered), "right", cache=False).source.kind == "pickle"
+    with pytest.raises(mf.ManoFileError): mf.read_pickle(b"\x80\x02ccollections\nOrderedDict\n](]K\x01K\x02eetR.")      # keys that are not texts
