@@ -261,3 +261,13 @@ def test_a_packaged_network_runs_without_transformers():
             "except ImportError as problem: print(problem)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and "handrecon[efficientnet]" in done.stdout, done.stderr
+
+
+def test_pictures_of_another_range_are_scaled_or_refused(small):
+    image = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        bytes_ = (255 * image).round().to(torch.uint8)
+        assert torch.equal(small.eval().pyramid(bytes_)[0], small.pyramid(bytes_.float() / 255)[0])
+        for wrong in (255 * image, 2 * image - 1, 100 * image):
+            with pytest.raises(ValueError, match="colours from 0 to 1"): small(wrong)
+        small(1.2 * image - 0.1)                     # what a sharp resampling filter leaves beyond the range
