@@ -29,8 +29,17 @@ LAYOUTS = ("freihand", "ho3d", "stb", "rhd", "interhand", "yt3d")
 _state = {"debug": False}
 
 # %% ../nbs/31_cli.ipynb #0515392c
+def _tell_version(asked: bool) -> None:
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit()
+
+
 @app.callback()
-def _options(debug: Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")] = False) -> None:
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_tell_version, is_eager=True)] = False,
+) -> None:
     _state["debug"] = debug
 
 # %% ../nbs/31_cli.ipynb #01ed23a5
