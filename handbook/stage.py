@@ -9,6 +9,8 @@ import nbformat
 import reference
 import tables
 
+from handrecon import protocols
+
 ROOT = Path(__file__).parent.parent
 BOOK = ROOT / "handbook"
 
@@ -53,7 +55,7 @@ def stage(source: Path) -> None:
         (source / "nbs" / name).parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(prose_with_code(nbformat.read(path, 4), str(name)), source / "nbs" / name)
     tables.claims_page(source)
-    written = reference.pages() | {"map.md": equations.page()} | tables.fragments()
+    written = reference.pages() | {"map.md": equations.page(), "protocols.md": protocols.protocols_page(), "deviations.md": protocols.deviations_page()} | tables.fragments()
     for name, text in written.items():
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_text(text)

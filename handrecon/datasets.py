@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['FREIHAND_VERSIONS', 'FREIHAND_DETECTIONS', 'HO3D_DEPTH_SCALE', 'STB_SEQUENCES', 'STB_SPLITS', 'STB_K', 'STB_BASELINE',
            'STB_DEPTH_FROM_COLOR', 'PALM_TO_WRIST', 'RHD_DEPTH_SCALE', 'RHD_MASK', 'PICTURES', 'VIDEOS', 'DATASETS',
-           'OFFICIAL_COUNTS', 'ManoParameters', 'HandSample', 'HandData', 'Beside', 'FreiHAND', 'read_ho3d_meta',
-           'HO3D', 'palm_to_wrist', 'STB', 'stb_depth_pose', 'RHD', 'InterHand', 'YouTube3D', 'OwnPictures',
-           'decode_upright', 'mano_mesh', 'open_data', 'suspicions', 'DataReport', 'check_split', 'check_data']
+           'OFFICIAL_COUNTS', 'ManoParameters', 'HandSample', 'HandData', 'Beside', 'freihand_detections', 'FreiHAND',
+           'read_ho3d_meta', 'HO3D', 'palm_to_wrist', 'STB', 'stb_depth_pose', 'RHD', 'InterHand', 'YouTube3D',
+           'OwnPictures', 'decode_upright', 'mano_mesh', 'open_data', 'suspicions', 'DataReport', 'check_split',
+           'check_data']
 
 # %% ../nbs/14_datasets.ipynb #4c771ce4
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,9 +26,10 @@ from torch import Tensor
 
 from .camera import project
 from .conventions import FIRST_JOINT, FINGERTIP_VERTICES, OPENGL_TO_OPENCV, convert_joints
-from .formats import (DataError, count_numbers, decode, find_picture, first_length, indexed, numbers, point_lists, read_annotations, read_bytes, read_json, read_mat,
+from .files import encoding_of, posix_name, visible_files
+from .formats import (DataError, count_numbers, decode, find_picture, first_length, header_size, indexed, numbers, point_lists, read_annotations, read_bytes, read_json, read_mat,
                                read_rgb, two_byte_depth, unpickled)
-from .keypoints import Detections, read_detections
+from .keypoints import Detections, check_pixels, read_detections
 from .mano import HandMesh, HandModel
 
 # %% ../nbs/14_datasets.ipynb #cbeaff7a
@@ -73,12 +76,17 @@ class HandSample:
 class HandData(torch.utils.data.Dataset):
     "What all data sets share: `data[i]` is a whole sample, `data.label(i)` the same without opening a picture."
     name = ""
+    left_out: tuple[str, ...] = ()      # what could not be used and why, a sentence each
+
+    def doubts(self, index: int) -> list[str]:
+        "What this data set's own rules find odd about a sample."
+        return []
 
     def label(self, index: int) -> HandSample:
         raise NotImplementedError
 
     def files(self, index: int) -> list[str]:
-        "All files of a sample."
+        "All files of a sample, its picture first; the loader can do without the others."
         return [self.label(index).path]
 
     def read_mask(self, index: int) -> Bool[np.ndarray, "H W"] | None:
@@ -102,10 +110,15 @@ class HandData(torch.utils.data.Dataset):
 class Beside:
     "The detections of a file, found by the picture's name (without its ending)."
     def __init__(self, path: str | Path | Detections | None):
-        self.found = path if isinstance(path, Detections) else read_detections(path) if path is not None and Path(path).exists() else None
+        try:
+            self.found = path if isinstance(path, Detections) else read_detections(path) if path is not None and Path(path).exists() else None
+            if self.found is not None: check_pixels(self.found, where="detections" if isinstance(path, Detections) else path)
+        except ValueError as error:
+            raise DataError(str(error)) from None
         self.rows: dict[str, list[int]] = {}
         for row, name in enumerate(self.found.names if self.found is not None else ()):
-            self.rows.setdefault(Path(name).stem, []).append(row)
+            faint = not bool(self.found.found[row]) and bool(self.found.confidence[row].any())
+            if not faint: self.rows.setdefault(Path(name).stem, []).append(row)
 
     def __call__(self, stem: str, side: str = "") -> dict[str, Tensor]:
         "Fields of a HandSample; empty where nothing was found."
@@ -124,6 +137,15 @@ def _projected(joints: Float[Tensor, "21 3"], valid: Bool[Tensor, "21"], K: Floa
 # %% ../nbs/14_datasets.ipynb #cd9bc68f
 FREIHAND_VERSIONS = ("gs", "hom", "sample", "auto")     # four backgrounds of each training picture
 FREIHAND_DETECTIONS = {"training": "openpose_v2/training/detect_all.json", "evaluation": "openpose/evaluation/detect.json"}
+_OTHER_DETECTIONS = {"training": ("freihand-train.json", "detect_all.json"), "evaluation": ("freihand-evaluation.json", "freihand-eval.json", "freihand-test.json")}
+
+
+def freihand_detections(root: str | Path, split: str) -> Path:
+    "Where the detections of a split lie: S²HAND's place, or one of the names that its lists went by, beside the data or in its folders."
+    usual = Path(root) / FREIHAND_DETECTIONS[split]
+    folders = [Path(root) / folder for folder in (".", "openpose", "openpose_v2", f"openpose/{split}", f"openpose_v2/{split}", "outputs/openpose")]
+    others = [folder / name for name in _OTHER_DETECTIONS[split] for folder in folders]
+    return next((path for path in (usual, *others) if path.exists()), usual)
 
 # %% ../nbs/14_datasets.ipynb #cbb6767b
 class FreiHAND(HandData):
@@ -148,7 +170,7 @@ class FreiHAND(HandData):
         self.mano = numbers([m[0] if isinstance(m, list) and len(m) == 1 else m for m in read_json(self._file("mano"))],
                             (len(self.K), 61), str(self._file("mano"))) if split == "training" and self._file("mano").exists() else None
         self.versions = self._versions(versions)
-        self.beside = Beside(detections if detections is not None else self.root / FREIHAND_DETECTIONS[split])
+        self.beside = Beside(detections if detections is not None else freihand_detections(self.root, split))
 
     def _file(self, what: str) -> Path:
         return self.root / f"{self.split}_{what}.json"
@@ -228,24 +250,27 @@ _HO3D_FIELDS = {"K": ("camMat", (3, 3)), "pose": ("handPose", (48,)), "shape": (
 
 
 def _ho3d_index(metas: list[Path]) -> dict[str, np.ndarray]:
-    "All metas as arrays; NaN for what a meta does not hold."
+    "All metas as arrays; NaN for what a meta does not hold; `error` says why one cannot be read."
     arrays = {name: np.full((len(metas), *shape), np.nan, np.float32) for name, (_, shape) in _HO3D_FIELDS.items()}
     arrays |= {"joints": np.full((len(metas), 21, 3), np.nan, np.float32), "annotated": np.zeros(len(metas), bool)}
-    errors = []
+    errors = [""] * len(metas)
     for i, path in enumerate(metas):
         try:
             meta = read_ho3d_meta(path)
         except DataError as error:
-            errors.append(str(error))
+            errors[i] = str(error)
             continue
         if meta is None: continue
         arrays["annotated"][i] = True
         arrays["joints"][i, :len(meta["joints"])] = meta["joints"]
         for name, (key, _) in _HO3D_FIELDS.items():
             if key in meta: arrays[name][i] = meta[key]
-    if errors:
-        raise DataError(f"{len(errors)} of {len(metas)} metas cannot be read: " + "; ".join(errors[:5]) + (" …" if len(errors) > 5 else ""))
-    return arrays
+    return arrays | {"error": np.array(errors, dtype=str)}
+
+
+def _listed(items: Sequence[str], most: int = 5) -> str:
+    "The first few of many, for a sentence."
+    return "; ".join(items[:most]) + (" …" if len(items) > most else "")
 
 # %% ../nbs/14_datasets.ipynb #4e278c51
 class HO3D(HandData):
@@ -262,19 +287,32 @@ class HO3D(HandData):
         self.root, self.split = Path(root), split
         if split not in ("train", "evaluation"):
             raise DataError(f"HO-3D: expected the split train or evaluation, found {split!r}")
-        names = [line.strip() for line in read_bytes(self.root / f"{split}.txt").decode("utf-8", "replace").split("\n") if line.strip()]
+        text = read_bytes(self.root / f"{split}.txt")
+        names = [posix_name(line.strip()) for line in text.decode(encoding_of(text[:4]), "replace").split("\n") if line.strip()]
         if not names or not all(name.count("/") == 1 and ".." not in name for name in names):
             raise DataError(f"{self.root / split}.txt: expected one SEQ/FRAME a line, found {next((n for n in names if n.count('/') != 1), 'nothing')[:40]!r}")
         metas = [self.root / split / n.split("/")[0] / "meta" / f"{n.split('/')[1]}.pkl" for n in names]
-        missing = [p for p in metas if not p.exists()]
-        if missing:
-            raise DataError(f"{self.root}: {len(missing)} of {len(metas)} metas are missing, the first is {missing[0]}")
-        index = indexed(f"ho3d-{split}-1", metas, lambda: _ho3d_index(metas), cache)
-        self.rows = np.flatnonzero(index["annotated"])
-        self.index = {key: values[self.rows] for key, values in index.items()}
-        self.names, self.skipped = [names[i] for i in self.rows], [names[i] for i in np.flatnonzero(~index["annotated"])]
+        there = np.array([i for i, path in enumerate(metas) if path.exists()], int)
+        files = [metas[i] for i in there]
+        index = indexed(f"ho3d-{split}-2", files, lambda: _ho3d_index(files), cache)
+        errors = index.pop("error")
+        self._tell([name for name, path in zip(names, metas) if not path.exists()], [e for e in errors.tolist() if e], len(names))
+        kept = np.flatnonzero(index["annotated"])
+        self.rows = there[kept]
+        self.index = {key: values[kept] for key, values in index.items()}
+        self.names = [names[i] for i in self.rows]
+        self.skipped = [names[i] for i in there[~index["annotated"] & (errors == "")]]
         self._evaluation_joints(len(names))
         self.beside = {seq: Beside(self.root / "openpose" / seq / "detect.json") for seq in {n.split("/")[0] for n in names}} if detections else {}
+
+    def _tell(self, missing: list[str], unreadable: list[str], total: int) -> None:
+        "Say which frames cannot be used; if that is all of them, there is no data set."
+        told = [f"{self.root}: {len(missing)} of {total} metas of {self.split} are missing, their frames are left out: {_listed(missing)}"] * bool(missing)
+        told += [f"{len(unreadable)} of {total} metas of {self.split} cannot be read, their frames are left out: {_listed(unreadable)}"] * bool(unreadable)
+        hostile = any("nothing was run" in reason for reason in unreadable)              # not damaged: made to harm
+        if hostile or len(missing) + len(unreadable) == total: raise DataError("; ".join(told).replace(", their frames are left out", ""))
+        self.left_out = tuple(told)
+        for sentence in told: warnings.warn(sentence, stacklevel=4)
 
     def _evaluation_joints(self, n: int) -> None:
         "Since 2024 the joints of version 2's evaluation are public, in the same axes and order as the metas'."
@@ -505,6 +543,7 @@ class RHD(HandData):
 
     def read_mask(self, index: int) -> Bool[np.ndarray, "H W"] | None:
         row, side = self._row(index)
+        if not self._file("mask", row).exists(): return None
         first, last = RHD_MASK[side]
         parts = self.parts(row)
         return (parts >= first) & (parts <= last)
@@ -517,7 +556,7 @@ class RHD(HandData):
 def _compact(entry: dict):
     "An image or an annotation of the COCO-like file as a tuple of what is needed; a million dictionaries would not fit."
     if "file_name" in entry:
-        return ("image", int(entry["id"]), str(entry["file_name"]), intern(str(entry["capture"])), intern(str(entry["camera"])), str(entry["frame_idx"]))
+        return ("image", int(entry["id"]), posix_name(str(entry["file_name"])), intern(str(entry["capture"])), intern(str(entry["camera"])), str(entry["frame_idx"]))
     if "image_id" in entry:
         valid = np.asarray(entry["joint_valid"], dtype=bool).reshape(-1)
         return ("annotation", int(entry["image_id"]), intern(str(entry["hand_type"])), np.packbits(valid).tobytes() if valid.size == 42 else None,
@@ -644,16 +683,17 @@ class InterHand(HandData):
 
 # %% ../nbs/14_datasets.ipynb #4dbaa635
 def _youtube_index(path: Path) -> dict[str, np.ndarray]:
-    "One row a hand."
+    "One row a hand; `size` is that of the annotated picture, 0 where the file does not say."
     def compact(entry: dict):
         return entry | {"vertices": numbers(entry["vertices"], (-1, 3), f"{path}: vertices of {entry.get('id')}")} if "vertices" in entry else entry
     data = read_json(path, compact)
     try:
-        images = {image["id"]: str(image["name"]) for image in data["images"]}
-        rows = [(images[a["image_id"]], bool(a["is_left"]), a["vertices"]) for a in data["annotations"]]
-        name, left, vertices = zip(*rows)
-        return {"name": np.array(name), "left": np.array(left), "vertices": np.stack(vertices)}
+        images = {image["id"]: (posix_name(str(image["name"])), (float(image.get("width", 0)), float(image.get("height", 0)))) for image in data["images"]}
+        rows = [(*images[a["image_id"]], bool(a["is_left"]), a["vertices"]) for a in data["annotations"]]
+        name, size, left, vertices = zip(*rows)
+        return {"name": np.array(name), "size": numbers(size, (-1, 2), f"{path}: width and height"), "left": np.array(left), "vertices": np.stack(vertices)}
     except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, DataError): raise
         raise DataError(f"{path}: expected images (name, id) and annotations (vertices, is_left, image_id), {type(error).__name__}: {error}") from None
 
 # %% ../nbs/14_datasets.ipynb #29c86073
@@ -673,17 +713,36 @@ class YouTube3D(HandData):
             raise DataError(f"YouTube-3D-Hands: expected split train, val or test, found {split!r}")
         self.root, self.hand = Path(root), hand
         path = self.root / "data" / f"youtube_{split}.json"
-        self.index = indexed(f"yt3d-{split}-1", [path], lambda: _youtube_index(path), cache)
+        self.index = indexed(f"yt3d-{split}-2", [path], lambda: _youtube_index(path), cache)
         names = self.index["name"].tolist()
         self.same = {}
         for i, name in enumerate(names): self.same.setdefault(name, []).append(i)
-        self.beside = Beside(detections)
+        self.beside, self._scales = Beside(detections), {}
 
     def __len__(self) -> int:
         return len(self.index["name"])
 
+    def scale(self, index: int) -> Float[Tensor, "2"]:
+        "Pixels of the picture that is there for one of the annotated picture, along x and y."
+        name = str(self.index["name"][index])
+        if name not in self._scales:
+            path = self.root / "data" / name
+            size = header_size(path.open("rb").read(1 << 16)) if path.is_file() else (0, 0)      # a header needs no more
+            told = self.index["size"][index]
+            self._scales[name] = torch.tensor([a / t if a > 0 and t > 0 else 1.0 for a, t in zip(size, told.tolist())])
+        return self._scales[name]
+
+    def files(self, index: int) -> list[str]:
+        return [str(self.root / "data" / str(self.index["name"][index]))]
+
+    def doubts(self, index: int) -> list[str]:
+        x, y = self.scale(index).tolist()
+        width, height = self.index["size"][index].tolist()
+        return [] if abs(x / y - 1) < 0.01 else [f"annotated at {width:.0f} x {height:.0f} pixels, the picture is {width * x:.0f} x {height * y:.0f}: other proportions, was it cut?"]
+
     def label(self, index: int) -> HandSample:
-        name, vertices = str(self.index["name"][index]), torch.from_numpy(self.index["vertices"][index])
+        scale = self.scale(index)
+        name, vertices = str(self.index["name"][index]), torch.from_numpy(self.index["vertices"][index]) * torch.cat([scale, scale.mean()[None]])
         side, others = "left" if self.index["left"][index] else "right", [i for i in self.same[name] if i != index]
         keypoints, valid = self._keypoints(vertices)
         file = Path(name)
@@ -703,6 +762,7 @@ class YouTube3D(HandData):
 
 # %% ../nbs/14_datasets.ipynb #b4eb0d80
 PICTURES, VIDEOS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"), (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v")
+_UNREADABLE = (".heic", ".heif", ".avif")       # what phones write and OpenCV does not read
 
 
 class OwnPictures(HandData):
@@ -719,15 +779,21 @@ class OwnPictures(HandData):
         path = Path(path)
         if not path.exists():
             raise DataError(f"{path}: no such picture, video or folder")
-        files = sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURES + VIDEOS) if path.is_dir() else [path]
+        files = visible_files(path, *PICTURES, *VIDEOS) if path.is_dir() else [path]
+        if path.is_dir() and (others := visible_files(path, *_UNREADABLE)):
+            warnings.warn(f"{path}: {len(others)} pictures are left out, OpenCV does not read them: {others[0].name}{', …' if len(others) > 1 else ''}; convert them to .jpg or .png", stacklevel=2)
         self.focal, self.side, self._video = focal, side, (None, -1, None)
-        self.found = detections if isinstance(detections, Detections) else None if detections is None else read_detections(detections)
+        counted = {file: _frames_and_size(file) for file in files}
+        sizes = {size for _, size in counted.values()}
+        size = next(iter(sizes))[::-1] if len(sizes) == 1 else None                 # width, height, where all are of one size
+        self.found = detections if isinstance(detections, Detections) else None if detections is None else read_detections(detections, size)
+        if self.found is not None: check_pixels(self.found, *(size or (None, None)), where="detections" if isinstance(detections, Detections) else detections)
         rows: dict[str, list[int]] = {}
         for row, name in enumerate(self.found.names if self.found is not None else ()):
             if bool(self.found.found[row]): rows.setdefault(_plain(name), []).append(row)
         self.samples, self.sizes = [], {}
         for file in files:
-            frames, self.sizes[file] = _frames_and_size(file)
+            frames, self.sizes[file] = counted[file]
             for frame in range(frames):
                 name = f"{file.stem}_{frame}" if file.suffix.lower() in VIDEOS else file.stem
                 hands = rows.get(_plain(name), []) or rows.get(_plain(file.name), [])
@@ -863,13 +929,15 @@ def suspicions(sample: HandSample) -> list[str]:
 
 def _outside(sample: HandSample) -> list[str]:
     "Key points that the picture or the data set's box should hold, and does not."
-    points = sample.keypoints[sample.keypoints_valid]
-    if not len(points): return []
-    middle, out = points.median(0).values, []
+    points, out = sample.keypoints[sample.keypoints_valid], []
+    middle = points.median(0).values if len(points) else None
     if sample.image is not None:
         height, width = sample.image.shape[:2]
-        if not (0 <= middle[0] <= width and 0 <= middle[1] <= height): out.append("the hand is outside the picture")
-    if sample.box is not None and not (sample.box[:2] <= middle).all() & (middle <= sample.box[2:]).all():
+        if middle is not None and not (0 <= middle[0] <= width and 0 <= middle[1] <= height): out.append("the hand is outside the picture")
+        if sample.detected is not None:
+            try: check_pixels(Detections([sample.frame], sample.detected[None], sample.confidence[None]), width, height)
+            except ValueError as error: out.append(str(error))
+    if middle is not None and sample.box is not None and not (sample.box[:2] <= middle).all() & (middle <= sample.box[2:]).all():
         out.append("the hand is outside its box")
     return out
 
@@ -905,26 +973,41 @@ def check_split(data: HandData, split: str, expected: int | None, sample: int) -
     lines = [f"{split}: {count:,} {'moments' if data.name == 'stb' else 'pictures'}" + official * (data.name != "yt3d")
              + (f", {len(data):,} hands" + official * (data.name == "yt3d")) * (len(data) != count or data.name == "yt3d")]
     if getattr(data, "skipped", None): lines.append(f"{split}: {len(data.skipped)} frames are not annotated and left out")
-    wanted = list(dict.fromkeys(file for f in files for file in f))
-    missing = _missing_files(wanted)
-    pictures, bad, odd = _open_some(data, sample, set(missing))
-    problems = (_group(f"files of {split} are missing", missing, len(wanted)) + _group(f"opened samples of {split} cannot be read", bad, len(pictures) + len(bad))
-                + _group(f"opened samples of {split} look wrong", odd, len(pictures)))
+    absent, problems, missing = _missing(files, split)
+    pictures, bad, odd = _open_some(data, sample, files, missing)
+    flat = [x.path for x in pictures if x.image is not None and int(x.image.max()) - int(x.image.min()) < 16]
+    problems += (list(data.left_out) + _group(f"opened samples of {split} cannot be read", bad, len(pictures) + len(bad))
+                 + _group(f"opened pictures of {split} are of one colour", flat, len(pictures)) + _group(f"opened samples of {split} look wrong", odd, len(pictures)))
     has = {what: sum(getattr(x, field) is not None for x in pictures) for what, field in
            (("detections", "confidence"), ("parameters", "mano"), ("masks", "mask"), ("depth", "depth"))}
     lines.append(f"{split}: {len(pictures)} samples opened and re-projected; with " + ", ".join(f"{what} {n}" for what, n in has.items()))
+    lines += absent + [f"{split}: no sheet is drawn, since no picture could be opened"] * (not pictures)
     return DataReport(tuple(lines), tuple(problems), _sheet(pictures[:6]) if pictures else None)
 
 
-def _open_some(data: HandData, sample: int, missing: set[str]) -> tuple[list[HandSample], list[str], list[str]]:
-    "Samples from all over the data set; which cannot be read; which look wrong."
-    chosen = np.unique(np.linspace(0, len(data) - 1, min(sample, len(data))).astype(int)).tolist() if len(data) else []
+def _missing(files: list[list[str]], split: str) -> tuple[list[str], list[str], set[str]]:
+    "Lines, problems, and the missing files: pictures; of their companions those of a kind that is there at all."
+    kinds = {"pictures": [f[0] for f in files]}
+    for path in (path for f in files for path in f[1:]): kinds.setdefault("depth files" if "depth" in path.lower() else "masks", []).append(path)
+    lines, problems, gone = [], [], set()
+    for kind, paths in kinds.items():
+        paths = list(dict.fromkeys(paths))
+        missing = _missing_files(paths)
+        gone |= set(missing)
+        if kind != "pictures" and len(missing) == len(paths): lines.append(f"{split}: no {kind}, which are optional")
+        else: problems += _group(f"{'files' if kind == 'pictures' else kind} of {split} are missing", missing, len(paths))
+    return lines, problems, gone
+
+
+def _open_some(data: HandData, sample: int, files: list[list[str]], missing: set[str]) -> tuple[list[HandSample], list[str], list[str]]:
+    "Samples from all over what is there of the data set; which cannot be read; which look wrong."
+    there = [i for i, f in enumerate(files) if f[0] not in missing]
+    chosen = [there[k] for k in np.unique(np.linspace(0, len(there) - 1, min(sample, len(there))).astype(int))] if there else []
     good, bad, odd = [], [], []
     for i in chosen:
-        if missing & set(data.files(i)): continue
         try:
             good.append(data[i])
-            odd += [f"{good[-1].path}: {reason}" for reason in suspicions(good[-1])]
+            odd += [f"{good[-1].path}: {reason}" for reason in suspicions(good[-1]) + data.doubts(i)]
         except DataError as error:
             bad.append(str(error))
     return good, bad, odd
@@ -949,11 +1032,12 @@ def check_data(
         raise DataError(f"no data set is called {name!r}: expected one of {', '.join(k for k in OFFICIAL_COUNTS if k in DATASETS)}")
     if not Path(root).is_dir():
         raise DataError(f"{root}: no such folder")
-    version = "-v3" if name == "ho3d" and next(Path(root).glob("*/*/rgb/*.jpg"), None) else ""
+    version = "-v3" if name == "ho3d" and next((p for p in Path(root).glob("*/*/rgb/*.jpg") if not p.name.startswith(".")), None) else ""
     reports = [_check_one(name, root, split, expected, sample, cache) for split, expected in OFFICIAL_COUNTS[name + version].items()]
     sheets = [r.sheet for r in reports if r.sheet is not None]
     width = max((s.shape[1] for s in sheets), default=0)
     picture = np.concatenate([np.pad(s, ((0, 0), (0, width - s.shape[1]), (0, 0)), constant_values=255) for s in sheets]) if sheets else None
+    if sheet is not None and picture is None: reports.append(DataReport((f"{sheet}: not written, no picture could be opened",), (), None))
     if sheet is not None and picture is not None:
         from handrecon.viz import save_picture
         save_picture(sheet, picture)
@@ -967,7 +1051,9 @@ def _check_one(name: str, root: str | Path, split: str, expected: int | None, sa
     for camera in ({"camera": "BB"}, {"camera": "SK"}) if name == "stb" else ({},):
         label = f"{split} {camera['camera']}" if camera else split
         try:
-            reports.append(check_split(open_data(name, root, split=split, **camera, **options), label, expected, sample))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")                 # what a loader leaves out is among the problems
+                reports.append(check_split(open_data(name, root, split=split, **camera, **options), label, expected, sample))
         except DataError as error:
             reports.append(DataReport((), (f"{label}: {error}",), None))
     sheets = [r.sheet for r in reports if r.sheet is not None]

@@ -11,10 +11,14 @@ __all__ = ['Array', 'OFFICIAL_THRESHOLDS', 'OFFICIAL_COUNTS', 'INTERHAND_ROOTS',
            'mean_hand']
 
 # %% ../nbs/15_metrics.ipynb #bc202de1
+import gzip
+import io
 import json
 import os
 import re
 import warnings
+import zipfile
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +31,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from .conventions import JOINT_ORDERS, OPENGL_TO_OPENCV, convert_joints
-from .files import atomic_path
+from .files import atomic_path, encoding_of
 
 # %% ../nbs/15_metrics.ipynb #40e8ffeb
 Array = np.ndarray | Tensor  # every metric takes either and works in float64
@@ -260,13 +264,13 @@ class HandEvaluator:
     def add(
         self,
         gt_xyz: Float[Array, "N 21 3"],      # metres, in the data set's own order and axes
-        gt_verts: Float[Array, "N V 3"],
+        gt_verts: Float[Array, "N V 3"] | None,
         pred_xyz: Float[Array, "N 21 3"],
-        pred_verts: Float[Array, "N P 3"],   # P ≠ V: another mesh, which has F-scores only
+        pred_verts: Float[Array, "N P 3"] | None,   # P ≠ V: another mesh, which has F-scores only; None: joints alone
     ) -> None:
         "Compare one block of hands; only the errors are kept."
-        gt_xyz, gt_verts, pred_xyz, pred_verts = map(_float64, (gt_xyz, gt_verts, pred_xyz, pred_verts))
-        if self.same_mesh is None:
+        gt_xyz, gt_verts, pred_xyz, pred_verts = (None if x is None else _float64(x) for x in (gt_xyz, gt_verts, pred_xyz, pred_verts))
+        if self.same_mesh is None and pred_verts is not None:
             self.same_mesh = pred_verts.shape[1] == gt_verts.shape[1]
         pairs = {"xyz": (pred_xyz, gt_xyz)}
         if self.dataset == "freihand":
@@ -276,18 +280,23 @@ class HandEvaluator:
             pairs["xyz_scale_trans_al"] = (scale_translation_align(pred_xyz, gt_xyz), gt_xyz)
         if self.same_mesh:
             pairs |= {"mesh": (pred_verts, gt_verts), "mesh_al": (procrustes_align(pred_verts, gt_verts), gt_verts)}
-        aligned = pairs["mesh_al"][0] if self.same_mesh else _carried_along(pred_xyz, gt_xyz, pred_verts)
+        if pred_verts is not None: self._f.append(self._surfaces(gt_verts, pred_verts, pairs))
         for name, pair in pairs.items():
             self._errors[name].append(point_errors(*pair))
-        self._f.append(np.stack([f_score(pred_verts, gt_verts), f_score(aligned, gt_verts)], -1))
+
+    def _surfaces(self, gt_verts: np.ndarray, pred_verts: np.ndarray, pairs: dict) -> np.ndarray:
+        "F-scores, raw and aligned."
+        pred_xyz, gt_xyz = pairs["xyz"]
+        aligned = pairs["mesh_al"][0] if self.same_mesh else _carried_along(pred_xyz, gt_xyz, pred_verts)
+        return np.stack([f_score(pred_verts, gt_verts), f_score(aligned, gt_verts)], -1)
 
     def scores(self) -> dict[str, float]:
-        "The entries of the official scores.txt, unrounded: errors in centimetres; mesh entries −100 and −1 where the meshes differ."
+        "The entries of the official scores.txt, unrounded: errors in centimetres; mesh entries −100 and −1 where the meshes differ, none of joints alone."
         out = {}
-        for name in (*self._errors, *(() if self.same_mesh else ("mesh", "mesh_al"))):
+        for name in (*self._errors, *(("mesh", "mesh_al") if self.same_mesh is False else ())):
             m = measures(np.concatenate(self._errors[name])) if name in self._errors else Measures(-1.0, -1.0, -1.0)
             out[f"{name}_mean3d"], out[f"{name}_auc3d"] = 100 * m.mean, m.auc
-        for mm, (raw, aligned) in zip((5, 15), np.concatenate(self._f).mean(0).tolist()):
+        for mm, (raw, aligned) in zip((5, 15), np.concatenate(self._f).mean(0).tolist() if self._f else ()):
             out[f"f_score_{mm}"], out[f"f_al_score_{mm}"] = raw, aligned
         return out
 
@@ -316,6 +325,25 @@ def _require_finite(name: str, x: np.ndarray) -> None:
     if len(bad):
         raise ValueError(f"{name}: {len(bad)} of {len(x)} hands hold NaN or infinity, the first is number {bad[0]}")
 
+# %% ../nbs/15_metrics.ipynb #e9bf7a34
+def _opened(path: Path) -> io.TextIOBase:
+    "A text, wherever it is: plain, in gzip's form, or pred.json in a zip archive, told by content. Raises ValueError, OSError."
+    with open(path, "rb") as file: head = file.read(64)
+    if head.startswith(b"version https://git-lfs"): raise ValueError(f"{path}: a pointer of Git LFS, not the file: run git lfs pull")
+    try:
+        if head.startswith(b"PK\x03\x04"):
+            archive = zipfile.ZipFile(path)
+            names = [name for name in archive.namelist() if name.endswith(".json") and not Path(name).name.startswith(".")]
+            names = [name for name in names if Path(name).name == "pred.json"] or names
+            if len(names) != 1: raise ValueError(f"{path}: expected one pred.json in this archive, found {', '.join(archive.namelist()[:3]) or 'nothing'}")
+            raw = archive.open(names[0])
+        else: raw = gzip.open(path) if head.startswith(b"\x1f\x8b") else open(path, "rb")
+        mark = raw.read(4)
+        raw.seek(0)
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"{path}: an archive that cannot be read: {error}") from None
+    return io.TextIOWrapper(raw, encoding=encoding_of(mark), errors="replace")
+
 # %% ../nbs/15_metrics.ipynb #c0cce49a
 class _JsonReader:
     "Takes a JSON file apart from left to right without ever holding all of it; errors are ValueErrors that name the file."
@@ -325,7 +353,7 @@ class _JsonReader:
         if not path.is_file():
             raise ValueError(f"{path}: no such file")
         self.path, self.text, self.at = path, "", 0
-        self.file = open(path, encoding="utf-8", errors="replace")
+        self.file = _opened(path)
         self.decode = json.JSONDecoder(parse_int=float).raw_decode
 
     def __enter__(self):
@@ -335,7 +363,8 @@ class _JsonReader:
         self.file.close()
 
     def more(self) -> bool:
-        new = self.file.read(self.CHUNK)
+        try: new = self.file.read(self.CHUNK)
+        except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error: raise ValueError(f"{self.path}: cannot be read to its end: {error}") from None
         self.text, self.at = self.text[self.at:] + new, 0
         return bool(new)
 
@@ -405,11 +434,15 @@ def _radius(x: np.ndarray) -> float:
 
 # %% ../nbs/15_metrics.ipynb #6e702dab
 def _suspect_units(name: str, x: np.ndarray, gt_xyz: np.ndarray) -> str | None:
-    ratio = _radius(x) / _radius(gt_xyz)
+    ratio = _radius(x) / max(_radius(gt_xyz), 1e-12)
+    if 30 < ratio <= 300:
+        return f"the predicted {name} are {ratio:.0f} times as large as the true hands: centimetres instead of metres?"
     if 300 < ratio < 3000:
         return f"the predicted {name} are {ratio:.0f} times as large as the true hands: millimetres instead of metres?"
     if 1 / 3000 < ratio < 1 / 300:
         return f"the predicted {name} are {1 / ratio:.0f} times smaller than the true hands: divided by 1000 too often, or is the truth in millimetres?"
+    if 1 / 300 <= ratio < 1 / 30:
+        return f"the predicted {name} are {1 / ratio:.0f} times smaller than the true hands: divided by 100 too often, or is the truth in centimetres?"
     return None
 
 # %% ../nbs/15_metrics.ipynb #4c768f59
@@ -421,7 +454,7 @@ def _suspect_axes(name: str, x: np.ndarray, dataset: str) -> str | None:
 
 # %% ../nbs/15_metrics.ipynb #dccb35b7
 def _suspect_order(gt_xyz: np.ndarray, pred_xyz: np.ndarray, scores: dict[str, float], dataset: str) -> str | None:
-    joints, mesh = scores.get("xyz_al_mean3d", scores.get("xyz_procrustes_al_mean3d")), scores["mesh_al_mean3d"]  # cm
+    joints, mesh = scores.get("xyz_al_mean3d", scores.get("xyz_procrustes_al_mean3d")), scores.get("mesh_al_mean3d", -1.0)  # cm
     others = {order: name for name, order in reversed(JOINT_ORDERS.items()) if name != "mano" and order != JOINT_ORDERS[dataset]}  # one name an order
     tried = {name: 100 * pa_mpjpe(convert_joints(pred_xyz, name, dataset), gt_xyz) for name in others.values()}
     best = min(tried, key=tried.get)
@@ -431,19 +464,45 @@ def _suspect_order(gt_xyz: np.ndarray, pred_xyz: np.ndarray, scores: dict[str, f
     reason = f"{joints / max(mesh, 1e-9):.1f} times the mesh's, as if in another order" if several else "large"
     return f"the joints' aligned error, {joints:.2f} cm, is {reason}" + (f"; read in the order of '{best}' it would be {tried[best]:.2f} cm" if known else "")
 
+# %% ../nbs/15_metrics.ipynb #cff8dbd5
+def _suspect_points(name: str, x: np.ndarray) -> str | None:
+    "Hands that are a single point."
+    size = np.ptp(x, 1).max(-1)
+    points = np.flatnonzero(size <= 1e-3 * max(np.median(size), 1e-3))
+    zeros = " of zeros" if len(points) and not x[points].any() else ""
+    return f"{len(points):,} of {len(x):,} predicted {name} are a single point{zeros}, the first is number {points[0]}: hands that were not found?" if len(points) else None
+
+# %% ../nbs/15_metrics.ipynb #2fcf8da9
+def _suspect_root(gt_xyz: np.ndarray, pred_xyz: np.ndarray) -> str | None:
+    "One joint, or the middle, at the origin in nearly every hand, where the truth is in front of a camera."
+    places = np.concatenate([pred_xyz, pred_xyz.mean(1, keepdims=True)], 1)
+    away = np.quantile(np.linalg.norm(places, axis=-1), 0.9, axis=0)
+    best, far = int(away.argmin()), float(np.median(np.linalg.norm(gt_xyz, axis=-1)))
+    size = _radius(pred_xyz)
+    if size == 0 or away[best] > 0.05 * size or far < 2 * _radius(gt_xyz): return None
+    return f"{'the middle' if best == pred_xyz.shape[1] else f'joint {best}'} of the predicted hands lies at the origin, the true hands {far:.2f} m before the camera: relative to the root? Add the root's place in camera axes"
+
+# %% ../nbs/15_metrics.ipynb #fd391bdd
+def _suspect_mirror(gt_xyz: np.ndarray, pred_xyz: np.ndarray) -> str | None:
+    "Hands that fit well only after a reflection, which the official alignment allows."
+    either, proper = (100 * pa_mpjpe(pred_xyz, gt_xyz, reflection) for reflection in (True, False))
+    if proper < 1.5 * either or proper - either < 0.3: return None
+    return f"the predicted hands are mirror images: aligned by rotations alone their error is {proper:.2f} cm, with the reflections that the official alignment allows {either:.2f} cm; left hands for right ones, or an axis turned round?"
+
 # %% ../nbs/15_metrics.ipynb #cee5580a
 def suspicions(
     gt_xyz: Float[Array, "N 21 3"],      # in the data set's own order and axes, metres
     pred_xyz: Float[Array, "N 21 3"],
-    pred_verts: Float[Array, "M P 3"],   # of some of the hands
+    pred_verts: Float[Array, "M P 3"] | None,   # of some of the hands; None: joints alone
     scores: dict[str, float],            # of `evaluate_hands`
     dataset: Literal["freihand", "ho3d"] = "freihand",
 ) -> list[str]:
-    "One sentence for each mistake that the predictions look like: units, axes, joint order. Empty for healthy predictions."
-    gt_xyz, pred_xyz, pred_verts = map(_float64, (gt_xyz, pred_xyz, pred_verts))
-    found = [_suspect_order(gt_xyz, pred_xyz, scores, dataset)]
+    "One sentence for each mistake that the predictions look like: units, axes, joint order, root, mirror, points. Empty for healthy predictions."
+    gt_xyz, pred_xyz = map(_float64, (gt_xyz, pred_xyz))
+    found = [_suspect_order(gt_xyz, pred_xyz, scores, dataset), _suspect_points("joints", pred_xyz), _suspect_root(gt_xyz, pred_xyz), _suspect_mirror(gt_xyz, pred_xyz)]
+    if pred_verts is not None: found.append(_suspect_points("meshes", _float64(pred_verts)))
     for name, x in (("joints", pred_xyz), ("vertices", pred_verts)):
-        found += [_suspect_units(name, x, gt_xyz), _suspect_axes(name, x, dataset)]
+        if x is not None: found += [_suspect_units(name, _float64(x), gt_xyz), _suspect_axes(name, _float64(x), dataset)]
     return [sentence for sentence in found if sentence]
 
 # %% ../nbs/15_metrics.ipynb #15fb642c
@@ -465,39 +524,58 @@ def _require_count(path: Path, label: str, found: int, expected: int) -> None:
 # %% ../nbs/15_metrics.ipynb #ed18bf5e
 def _blocks_of_files(xyz_path: Path, verts_path: Path, pred_path: Path, size: int = 256) -> Iterator[tuple[np.ndarray, ...]]:
     "Yield (gt_xyz, gt_verts, pred_xyz, pred_verts), `size` hands at a time: joints are read first, vertices of both sides step by step."
-    with _JsonReader(xyz_path) as xyz_file, _JsonReader(verts_path) as verts_file, _JsonReader(pred_path) as pred_file:
-        gt_xyz = list(_hands(xyz_file, "xyz", 21))
-        if not gt_xyz:
-            raise ValueError(f"{xyz_path}: holds no hands")
+    gt_xyz, N = _joints_of(xyz_path)
+    with _JsonReader(pred_path) as pred_file:
         pred_file.take("[", "the start")
         pred_xyz = list(_hands(pred_file, "xyz", 21))
-        _require_count(pred_path, "xyz", len(pred_xyz), N := len(gt_xyz))
-        pred_file.take(",", "the end of xyz")
-        true, guessed = _hands(verts_file, "verts"), _hands(pred_file, "verts")
-        for i in range(0, N, size):
-            j = min(i + size, N)
-            gt_verts, pred_verts = _next_hands(true, i, j, N, verts_path), _next_hands(guessed, i, j, N, pred_path)
-            yield np.stack(gt_xyz[i:j]), gt_verts, np.stack(pred_xyz[i:j]), pred_verts
-        for hands, path in ((true, verts_path), (guessed, pred_path)):
-            _require_count(path, "verts", N + sum(1 for _ in hands), N)
+        _require_count(pred_path, "xyz", len(pred_xyz), N)
+        if not _has_meshes(pred_file):
+            for i in range(0, N, size): yield np.stack(gt_xyz[i:i + size]), None, np.stack(pred_xyz[i:i + size]), None
+            return
+        with _JsonReader(verts_path) as verts_file:
+            true, guessed = _hands(verts_file, "verts"), _hands(pred_file, "verts")
+            for i in range(0, N, size):
+                j = min(i + size, N)
+                gt_verts, pred_verts = _next_hands(true, i, j, N, verts_path), _next_hands(guessed, i, j, N, pred_path)
+                yield np.stack(gt_xyz[i:j]), gt_verts, np.stack(pred_xyz[i:j]), pred_verts
+            for hands, path in ((true, verts_path), (guessed, pred_path)):
+                _require_count(path, "verts", N + sum(1 for _ in hands), N)
         pred_file.take("]", "the end of verts")
         pred_file.take("", "the end")
+
+
+def _joints_of(path: Path) -> tuple[list[np.ndarray], int]:
+    "The true joints, and how many hands that is."
+    with _JsonReader(path) as file: hands = list(_hands(file, "xyz", 21))
+    if not hands: raise ValueError(f"{path}: holds no hands")
+    return hands, len(hands)
+
+
+def _has_meshes(file: _JsonReader) -> bool:
+    "Whether a list of meshes follows the joints: not at their end, nor as an empty list, null, or a list of nulls or empty lists."
+    if file.take(",]", "the end of xyz") == "]": return bool(file.take("", "the end"))
+    if file.peek() == "[":
+        rest = (file.text[file.at + 1:] if len(file.text) - file.at > 64 or not file.more() else file.text[file.at + 1:]).lstrip()
+        return not (rest.startswith(("]", "null")) or re.match(r"\[\s*\]", rest))
+    if file.value("verts") is None: return False
+    raise ValueError(f"{file.path}: expected a list of meshes after the joints, or none")
 
 # %% ../nbs/15_metrics.ipynb #4fd72929
 def evaluate_files(
     gt_dir: str | Path,     # holds evaluation_xyz.json and evaluation_verts.json
-    pred_path: str | Path,  # pred.json, or a folder that holds it
+    pred_path: str | Path,  # pred.json or pred.zip, or a folder that holds one; [xyz, verts], or [xyz] of a method without meshes
     dataset: Literal["freihand", "ho3d"] = "freihand",
 ) -> dict[str, float]:
-    "Official scores of a prediction file. Warns of unofficial counts and of suspected units, axes and orders; raises ValueError for unusable files."
+    "Official scores of a prediction file. Without meshes their scores are left out. Warns of unofficial counts and of suspected units, axes, orders, roots, mirrors; raises ValueError for unusable files."
     gt_dir, pred_path = Path(gt_dir), Path(pred_path)
-    pred_path = pred_path / "pred.json" if pred_path.is_dir() else pred_path
+    if pred_path.is_dir(): pred_path = pred_path / ("pred.json" if (pred_path / "pred.json").exists() or not (pred_path / "pred.zip").exists() else "pred.zip")
     evaluator, joints, verts = HandEvaluator(dataset), [], None
     for block in _blocks_of_files(gt_dir / "evaluation_xyz.json", gt_dir / "evaluation_verts.json", pred_path):
         evaluator.add(*block)
         joints.append((block[0], block[2]))
         verts = block[3] if verts is None else verts
     scores = evaluator.scores()
+    if verts is None: warnings.warn(f"{pred_path}: no meshes in it, the joints' scores alone", stacklevel=2)
     gt_xyz, pred_xyz = (np.concatenate(x) for x in zip(*joints))
     if len(gt_xyz) not in OFFICIAL_COUNTS[dataset].values():
         counts = " or ".join(f"{n:,} ({version})" for version, n in OFFICIAL_COUNTS[dataset].items())
@@ -519,7 +597,7 @@ def format_report(
         if scores.get(f"{name}_mean3d", -1) >= 0:
             lines += [f"Evaluation 3D {title} results:", f"auc={scores[f'{name}_auc3d']:.3f}, mean_kp3d_avg={scores[f'{name}_mean3d']:.2f} cm"]
             lines += [""] if name in last else []
-    lines += ["F-scores"] + [f"F@{mm}.0mm = {scores[f'f_score_{mm}']:.3f} \tF_aligned@{mm}.0mm = {scores[f'f_al_score_{mm}']:.3f}" for mm in (5, 15)]
+    if "f_score_5" in scores: lines += ["F-scores"] + [f"F@{mm}.0mm = {scores[f'f_score_{mm}']:.3f} \tF_aligned@{mm}.0mm = {scores[f'f_al_score_{mm}']:.3f}" for mm in (5, 15)]
     return "\n".join(lines)
 
 # %% ../nbs/15_metrics.ipynb #bb5038bf

@@ -22,7 +22,7 @@ from handrecon.conventions import OPENGL_TO_OPENCV, STB_TO_FREIHAND
 from handrecon.datasets import (DATASETS, FREIHAND_VERSIONS, HO3D, RHD, STB, FreiHAND, InterHand, OwnPictures, YouTube3D, check_data, mano_mesh, open_data,
                                 palm_to_wrist, read_ho3d_meta, stb_depth_pose, suspicions)
 from handrecon.formats import DataError, decode, indexed, mat_bytes, read_annotations, read_json, read_mat, read_rgb, two_byte_depth
-from handrecon.keypoints import Detections, write_s2hand_detections
+from handrecon.keypoints import Detections, read_detections, write_s2hand_detections
 from handrecon.layouts import hand_of, old_pickle, write_layout
 from handrecon.proxy_hand import proxy_hand
 from handrecon.synthetic import SyntheticConfig, write_freihand
@@ -181,14 +181,22 @@ def test_ho3d_reader_falls_back_to_jpg(copy):
     assert HO3D(root, cache=False)[1].path.endswith("0001.jpg")
 
 
-def test_ho3d_reports_all_bad_metas_together(copy):
+def test_ho3d_uses_the_sound_metas_and_names_the_others(copy):
     root = copy("ho3d")
-    for frame in ("0000", "0002"):
-        (root / f"train/SYNT0/meta/{frame}.pkl").write_bytes(b"garbage")
-    with pytest.raises(DataError, match="2 of 4 metas cannot be read: .*0000.pkl.*0002.pkl"):
-        HO3D(root, cache=False)
-    (root / "train/SYNT0/meta/0000.pkl").unlink()
-    with pytest.raises(DataError, match="1 of 4 metas are missing, the first is .*0000.pkl"):
+    (root / "train/SYNT0/meta/0000.pkl").write_bytes(b"garbage")
+    (root / "train/SYNT0/meta/0002.pkl").unlink()
+    with pytest.warns(UserWarning, match="1 of 4 metas of train are missing, their frames are left out: SYNT0/0002"):
+        data = HO3D(root, cache=False)
+    assert data.names == ["SYNT0/0001"] and data.skipped == ["SYNT0/0003"] and "1 of 4 metas of train cannot be read" in data.left_out[1] and "0000.pkl" in data.left_out[1]
+    report = check_data("ho3d", root, cache=False)
+    assert len(report.problems) == 2 and "SYNT0/0002" in report.problems[0] and "train: 1 pictures" in report.lines[0] and any("1 samples opened" in line for line in report.lines)
+    assert HO3D(root, "evaluation", cache=False).left_out == ()
+
+
+def test_ho3d_without_any_meta_is_no_data_set(copy):
+    root = copy("ho3d")
+    for path in (root / "train/SYNT0/meta").iterdir(): path.unlink()
+    with pytest.raises(DataError, match="4 of 4 metas of train are missing: SYNT0/0000"):
         HO3D(root, cache=False)
 
 
@@ -393,7 +401,7 @@ def test_own_pictures_and_video(own):
 
 
 def test_own_pictures_take_detections_by_name(own):
-    xy, confidence = torch.full((4, 21, 2), 7.0), torch.ones(4, 21)
+    xy, confidence = torch.full((4, 21, 2), 7.0) + torch.arange(42.0).view(21, 2), torch.ones(4, 21)
     confidence[3] = 0
     found = Detections(["photo.png", "film_000000000003", "photo.png", "film_000000000001"], xy, confidence, ["left", "right", "right", ""])
     data = OwnPictures(own, found)
@@ -499,8 +507,121 @@ def test_check_data_tells_everything_at_once(copy):
     (root / "evaluation/anno_evaluation.pickle").write_bytes(b"")
     report = check_data("rhd", root, cache=False)
     text = "\n".join(report.problems)
-    assert len(report.problems) == 3
-    assert "2 of 9 files of training are missing" in text and "00002.png: the picture is cut off" in text and "anno_evaluation.pickle: not a pickle" in text
+    assert len(report.problems) == 4
+    assert "1 of 3 files of training are missing" in text and "1 of 3 depth files of training are missing" in text and "00002.png: the picture is cut off" in text and "anno_evaluation.pickle: not a pickle" in text
+
+
+@pytest.mark.parametrize("kind", ["training/mask", "training/depth"])
+def test_check_data_opens_pictures_without_their_companions(copy, tmp_path, kind):
+    root = copy("rhd")
+    shutil.rmtree(root / kind)
+    report = check_data("rhd", root, cache=False, sheet=tmp_path / "sheet.png")
+    assert not report.problems and any("which are optional" in line for line in report.lines) and any("6 samples opened" in line for line in report.lines)
+    assert (tmp_path / "sheet.png").exists()
+
+
+def test_check_data_opens_the_pictures_that_are_there(frei, tmp_path):
+    root = Path(shutil.copytree(frei, tmp_path / "f"))
+    for path in sorted((root / "training/rgb").iterdir())[:-1]: path.unlink()                # one of twelve is left
+    (root / "training/rgb/00000000.jpg").write_bytes((root / "training/rgb/00000011.jpg").read_bytes())
+    shutil.rmtree(root / "training/mask")
+    report = check_data("freihand", root, cache=False)
+    assert any("training: 1 samples opened" in line for line in report.lines) and any("no masks" in line for line in report.lines)
+    for path in (root / "evaluation/rgb").iterdir(): path.unlink()
+    report = check_data("freihand", root, cache=False)
+    assert "evaluation: no sheet is drawn, since no picture could be opened" in report.lines
+
+
+def test_check_data_tells_black_pictures(copy):
+    root = copy("interhand")
+    for path in (root / "images/train").rglob("*.jpg"): cv2.imwrite(str(path), cv2.imread(str(path)) * 0)
+    report = check_data("interhand", root, cache=False)
+    assert len(report.problems) == 1 and "opened pictures of train are of one colour" in report.problems[0]
+
+
+def test_check_data_tells_detections_of_another_range(frei, tmp_path):
+    root = Path(shutil.copytree(frei, tmp_path / "f"))
+    path = root / datasets.FREIHAND_DETECTIONS["training"]
+    found = read_detections(path)
+    size = read_rgb(root / "training/rgb/00000000.jpg").shape[0]
+    write_s2hand_detections(path, replace(found, xy=found.xy + 3 * size))
+    assert "is outside the picture" in "".join(check_data("freihand", root, cache=False).problems)
+    tree = json.loads(path.read_text())
+    tree[0] = (found.xy / size).tolist()
+    path.write_text(json.dumps(tree))
+    assert "fractions of the picture" in "".join(check_data("freihand", root, cache=False).problems)
+
+
+@pytest.mark.parametrize("name", ["freihand-train.json", "openpose/freihand-train.json", "openpose_v2/training/detect_all.json", "outputs/openpose/freihand-train.json"])
+def test_freihand_detections_by_each_name(frei, tmp_path, name):
+    root = Path(shutil.copytree(frei, tmp_path / "f"))
+    usual = root / datasets.FREIHAND_DETECTIONS["training"]
+    data = usual.read_bytes()
+    usual.unlink()
+    assert FreiHAND(root).label(0).detected is None
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / name).write_bytes(data)
+    assert FreiHAND(root).label(0).detected is not None
+
+
+def test_files_from_other_machines(frei, made, tmp_path):
+    "Byte order marks, the other slash, hidden companions: the same samples."
+    root = Path(shutil.copytree(frei, tmp_path / "f"))
+    for path in root.rglob("*.json"): path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    for path in list(root.rglob("*.jpg")): path.with_name(f"._{path.name}").write_bytes(b"\0\5")
+    a, b = FreiHAND(root)[1], FreiHAND(frei)[1]
+    assert torch.equal(a.joints, b.joints) and torch.equal(a.detected, b.detected) and check_data("freihand", root).problems == ()
+    ho3d = Path(shutil.copytree(made / "ho3d", tmp_path / "h"))
+    (ho3d / "train.txt").write_bytes(b"\xef\xbb\xbf" + (ho3d / "train.txt").read_bytes().replace(b"/", b"\\").replace(b"\n", b"\r\n"))
+    assert HO3D(ho3d, cache=False).names == HO3D(made / "ho3d", cache=False).names
+    for name, key, where in (("yt3d", b'"name": "', "data/youtube_train.json"), ("interhand", b'"file_name": "', "annotations/train/InterHand2.6M_train_data.json")):
+        copy = Path(shutil.copytree(made / name, tmp_path / name))
+        tree = json.loads((copy / where).read_text())
+        for image in tree["images"]: image[key.decode()[1:-4]] = image[key.decode()[1:-4]].replace("/", "\\")
+        (copy / where).write_text(json.dumps(tree), encoding="utf-8-sig")
+        assert open_data(name, copy, cache=False).label(0).path == str(copy) + open_data(name, made / name, cache=False).label(0).path.removeprefix(str(made / name))
+
+
+def test_youtube_is_scaled_to_the_picture_that_is_there(copy):
+    root = copy("yt3d")
+    before = YouTube3D(root, cache=False)[0]
+    path = Path(before.path)
+    picture = cv2.imread(str(path))
+    cv2.imwrite(str(path), cv2.resize(picture, None, fx=1.5, fy=1.5))
+    after = YouTube3D(root, cache=False)[0]
+    assert torch.allclose(after.pixel_vertices, 1.5 * before.pixel_vertices, rtol=1e-5) and torch.allclose(after.keypoints, 1.5 * before.keypoints, rtol=1e-5)
+    assert check_data("yt3d", root, cache=False).problems == ()
+    cv2.imwrite(str(path), cv2.resize(picture, None, fx=1.5, fy=1))
+    assert "other proportions, was it cut?" in "".join(check_data("yt3d", root, cache=False).problems)
+
+
+def test_own_pictures_say_what_is_left_out(own, tmp_path):
+    folder = Path(shutil.copytree(own, tmp_path / "own"))
+    (folder / "._photo.png").write_bytes(b"\0\5")
+    (folder / "IMG_2.HEIC").write_bytes(b"heic")
+    with pytest.warns(UserWarning, match="1 pictures are left out, OpenCV does not read them: IMG_2.HEIC"):
+        assert len(OwnPictures(folder)) == len(OwnPictures(own))
+    with pytest.raises(ValueError, match="fractions of the picture"):
+        OwnPictures(own / "photo.png", Detections(["photo"], torch.rand(1, 21, 2), torch.ones(1, 21)))
+
+
+@pytest.mark.parametrize("bits", [8, 12, 14, 16])
+def test_dark_16_bit_pictures_are_stretched(tmp_path, bits):
+    grey = (np.linspace(0, 1, 64)[None] * np.ones((16, 1)))
+    path = tmp_path / "a.png"
+    cv2.imwrite(str(path), (grey * (2**bits - 1)).round().astype(np.uint16))
+    if bits == 16: seen = read_rgb(path)
+    else:
+        with pytest.warns(UserWarning, match=f"of which {bits} are used"): seen = read_rgb(path)
+    assert np.abs(seen[..., 0].astype(float) - 255 * grey).max() <= 1.5
+
+
+def test_mat_arrays_behind_a_text(tmp_path):
+    scipy.io.savemat(tmp_path / "m.mat", {"image_path": "a/b.jpg", "names": np.array(["x", "yy"], object), "s": {"a": 1}, "pose_root": np.arange(6.0).reshape(2, 3)},
+                     do_compression=True)
+    assert read_mat(tmp_path / "m.mat", "pose_root").tolist() == [[0, 1, 2], [3, 4, 5]]
+    for key, words in (("image_path", "no array of numbers"), ("pose", "no array 'pose' in it")):
+        with pytest.raises(DataError, match=words): read_mat(tmp_path / "m.mat", key)
 
 
 def test_check_data_notices_millimetres(copy):
@@ -668,7 +789,7 @@ def test_json_hook_errors_name_the_file(tmp_path):
 @pytest.mark.parametrize("ending", [".png", ".jpg"])
 def test_a_header_that_promises_too_much(ending):
     data = bytearray(cv2.imencode(ending, np.zeros((40, 50, 3), np.uint8))[1].tobytes())
-    assert formats._promised_pixels(bytes(data)) == 2000
+    assert formats.header_size(bytes(data)) == (50, 40)
     at = 16 if ending == ".png" else data.index(b"\xff\xc0") + 5
     data[at:at + 2] = b"\x7f\xff" if ending == ".jpg" else b"\x00\x01"
     data[at + 2:at + 4] = b"\x7f\xff" if ending == ".jpg" else b"\x00\x00"

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from handrecon import files
 from handrecon.files import atomic_path, leftovers, write_bytes, write_json, write_npz, write_text
 
 
@@ -107,3 +108,17 @@ def test_a_killed_synth_goes_on(tmp_path, layout):
     for folder in (whole, parts): write_layout(layout, folder, 2, 1, progress=False)
     content = lambda root: {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
     assert content(whole) == content(parts)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_a_text_is_read_as_its_mark_says(tmp_path, encoding):
+    data = ("\ufeff" if encoding == "utf-16-le" else "") + "[1, \"é\"]"
+    (tmp_path / "a.json").write_bytes(data.encode(encoding))
+    assert files.read_text(tmp_path / "a.json") == "[1, \"é\"]"
+
+
+def test_visible_files_are_what_a_person_sees(tmp_path):
+    for name in ("b.JPG", "a.jpg", "._a.jpg", ".DS_Store", "Thumbs.db"): (tmp_path / name).touch()
+    (tmp_path / "c.jpg").mkdir()
+    assert [p.name for p in files.visible_files(tmp_path, ".jpg", ".jpeg")] == ["a.jpg", "b.JPG"]
+    assert files.posix_name("a\\b/c.jpg") == "a/b/c.jpg"

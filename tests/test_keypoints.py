@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from handrecon.keypoints import (Detections, DetectorNoise, finger_crowding, mediapipe_detections, read_detections, read_openpose,
+from handrecon.keypoints import (FAINTEST_HAND, Detections, DetectorNoise, check_pixels, finger_crowding, mediapipe_detections, read_detections, read_openpose,
                                  read_s2hand_detections, simulate_detections, write_openpose, write_s2hand_detections)
 
 FORMATS = Path(__file__).parent / "goldens" / "formats"
@@ -96,6 +96,149 @@ def test_binary_missing_and_empty(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="found none"):
         read_detections(tmp_path / "empty")
+
+
+# the faults of real files --------------------------------------------------------------------------
+
+XY = [[10.0 * i + 40, 5.0 * i + 60] for i in range(21)]
+FLAT = [v for x, y in XY for v in (x, y, 0.9)]
+ZEROS, SCORES = [0.0] * 63, [0.9] * 21
+
+
+def written(path, content, encoding="utf-8"):
+    path.write_text(json.dumps(content), encoding=encoding)
+    return path
+
+
+def openpose(**person):
+    return {"version": 1.1, "people": [{"pose_keypoints_2d": [1.0, 2.0, 0.9] * 25, **person}]}
+
+
+@pytest.mark.parametrize("suffix", ["", "_2d"])
+def test_both_spellings_of_openpose(tmp_path, suffix):
+    file = written(tmp_path / "hand_keypoints.json", openpose(**{f"hand_left_keypoints{suffix}": FLAT, f"hand_right_keypoints{suffix}": ZEROS}))
+    found = read_detections(file)
+    assert found.side == ["left"] and found.found.all() and torch.equal(found.xy[0], torch.tensor(XY)) and not found.notes
+
+
+def test_a_body_alone_and_nobody_are_told_apart(tmp_path):
+    body = written(tmp_path / "a_keypoints.json", openpose(hand_left_keypoints_2d=[], hand_right_keypoints_2d=[]))
+    with pytest.warns(UserWarning, match="a_keypoints.json: a person without hand key points .was OpenPose run with --hand?"):
+        assert not read_detections(body).found.any()
+    nobody = written(tmp_path / "b_keypoints.json", {"people": []})
+    with pytest.warns(UserWarning, match="b_keypoints.json: nobody was found"):
+        assert read_detections(nobody).names == ["b"]
+    with pytest.warns(UserWarning, match="without hand key points .*, in 1 of 2 pictures, the first is a"):
+        assert len(read_detections(tmp_path).notes) == 2
+
+
+def test_an_empty_frame_among_others_is_noted_but_no_warning(tmp_path, recwarn):
+    written(tmp_path / "a_0_keypoints.json", openpose(hand_right_keypoints_2d=FLAT))
+    written(tmp_path / "a_1_keypoints.json", {"people": []})
+    found = read_detections(tmp_path)
+    assert found.found.tolist() == [True, False] and "nobody was found, in 1 of 2 pictures, the first is a_1" in found.notes[0] and not recwarn.list
+
+
+@pytest.mark.parametrize("confidence, seen", [(0.035, False), (0.09, False), (0.11, True), (0.5, True)])
+def test_hopeless_confidence_is_no_hand(tmp_path, confidence, seen):
+    numbers = [v for x, y in XY for v in (x, y, confidence)]
+    file = written(tmp_path / "x_keypoints.json", openpose(hand_right_keypoints_2d=numbers))
+    if seen: assert read_detections(file).found.all()
+    else:
+        with pytest.warns(UserWarning, match=f"hopeless confidence, below {FAINTEST_HAND}"):
+            found = read_detections(file)
+        assert not found.found.any() and torch.equal(found.xy[0], torch.tensor(XY))      # the row stays what it was
+    few = Detections(["a"], torch.ones(1, 21, 2), torch.tensor([[0.9] * 3 + [0.0] * 18]))
+    assert few.found.all()                                                               # a hand at the picture's edge: few joints, well seen
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_byte_order_marks(tmp_path, encoding):
+    assert read_detections(written(tmp_path / "a.json", openpose(hand_right_keypoints_2d=FLAT), encoding)).found.all()
+    assert len(read_detections(written(tmp_path / "b.json", [[XY], [[[0.5]] * 21], [["a.jpg"]]], encoding))) == 1
+
+
+def test_windows_names_and_hidden_companions(tmp_path):
+    assert read_detections(written(tmp_path / "d.json", [[XY], [[[0.5]] * 21], [["imgs\\hand.jpg"]]])).names == ["imgs/hand.jpg"]
+    folder = tmp_path / "f"
+    folder.mkdir()
+    written(folder / "a_keypoints.json", openpose(hand_right_keypoints_2d=FLAT))
+    (folder / "._a_keypoints.json").write_bytes(b"\x00\x05\x16\x07")
+    for read in (read_openpose, read_detections): assert read(folder).names == ["a"]
+
+
+HALPE, WHOLE = [0.0] * 3 * 94 + ZEROS + FLAT, [0.0] * 3 * 91 + ZEROS + FLAT
+FOREIGN = {
+    "mmpose picture": ([{"keypoints": XY, "keypoint_scores": SCORES, "bbox": [[0, 0, 1, 1]]}], "clip", ""),
+    "mmpose nested": ([{"keypoints": [XY], "keypoint_scores": [SCORES]}], "clip", ""),
+    "mmpose film": ({"meta_info": {}, "instance_info": [{"frame_id": 1, "instances": [{"keypoints": XY, "keypoint_scores": SCORES}]}]}, "clip_000000000000", ""),
+    "mmpose inferencer": ([{"frame_id": 0, "instances": [{"keypoints": XY, "keypoint_scores": SCORES}]}], "clip_000000000000", ""),
+    "wholebody results": ([{"image_id": 7, "keypoints": [0.0] * 51, "lefthand_kpts": ZEROS, "righthand_kpts": FLAT}], "000000000007", "right"),
+    "133 pairs": ([{"keypoints": [[0.0, 0.0]] * 112 + XY, "keypoint_scores": [0.0] * 112 + SCORES}], "clip", "right"),
+    "133 flat": ([{"image_id": "x/a.jpg", "keypoints": WHOLE}], "x/a.jpg", "right"),
+    "halpe": ([{"image_id": "a.jpg", "keypoints": HALPE}], "a.jpg", "right"),
+    "mediapipe tasks": ({"landmarks": [[{"x": x / 640, "y": y / 480, "z": 0.0} for x, y in XY]], "handedness": [[{"score": 0.9, "categoryName": "Right"}]]}, "clip", "right"),
+    "mediapipe solutions": ({"multi_hand_landmarks": [{"landmark": [{"x": x / 640, "y": y / 480} for x, y in XY]}],
+                             "multi_handedness": [{"classification": [{"label": "Left", "score": 0.9}]}]}, "clip", "right"),
+    "mediapipe list": ([[{"x": x / 640, "y": y / 480} for x, y in XY]], "clip", ""),
+    "openpose frames": ([openpose(hand_right_keypoints_2d=FLAT)], "clip_000000000000", "right"),
+    "cmu": ({"hand_pts": [[x, y, 1] for x, y in XY], "is_left": 1.0}, "clip", "left"),
+    "coco annotations": ({"images": [{"id": 3, "file_name": "imgs\\a.jpg"}], "annotations": [{"image_id": 3, "keypoints": [v for x, y in XY for v in (x, y, 2)]}]}, "imgs/a.jpg", ""),
+}
+
+
+@pytest.mark.parametrize("form", FOREIGN)
+def test_foreign_forms_by_content(tmp_path, form):
+    content, name, side = FOREIGN[form]
+    found = read_detections(written(tmp_path / "clip.json", content), size=(640, 480))
+    assert found.names == [name] and found.side == [side] and found.found.all() and (found.confidence <= 1).all()
+    assert torch.allclose(found.xy[0], torch.tensor(XY), atol=1e-3)
+
+
+def test_mediapipe_needs_the_pictures_size(tmp_path):
+    with pytest.raises(ValueError, match="clip.json: MediaPipe's landmarks are fractions of the picture; read them with its size"):
+        read_detections(written(tmp_path / "clip.json", FOREIGN["mediapipe list"][0]))
+
+
+@pytest.mark.parametrize("content", [[{"keypoints": 3}], [{"keypoints": []}], [{"keypoints": ["a"]}], {"annotations": [{}]}, [{"instances": 3}], [{"keypoints": XY, "keypoint_scores": [1]}],
+                                     [{"x": 1}], {"landmarks": 3}, {"instance_info": [3]}, {"hand_pts": {"a": 1}}, [{"keypoints": [[]]}]])
+def test_damaged_foreign_forms_in_one_sentence(tmp_path, content):
+    file = written(tmp_path / "x.json", content)
+    try: found = read_detections(file)
+    except ValueError as error: assert str(file) in str(error) and "\n" not in str(error)
+    else: assert not found.found.any()
+
+
+# are these pixels? ---------------------------------------------------------------------------------
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([(640, 480), (1920, 1080), (480, 640), (1000, 400)]))
+def test_a_hand_in_its_picture_passes_and_in_other_units_is_refused(seed, picture):
+    g, size = torch.Generator().manual_seed(seed), torch.tensor(picture, dtype=torch.float32)
+    middle, radius = (0.3 + 0.4 * torch.rand(2, generator=g)) * size, 0.1 + 0.15 * torch.rand(1, generator=g)
+    xy = (middle + radius * size.min() * (2 * torch.rand(1, 21, 2, generator=g) - 1))
+    hand = Detections(["a"], xy, torch.rand(1, 21, generator=g) * 0.5 + 0.5)
+    check_pixels(hand, *picture)
+    for wrong in (xy / size, 2 * xy / size - 1, 100 * xy / size, 0 * xy, 0 * xy + 7, xy * 1000, xy - 3 * size):
+        with pytest.raises(ValueError):
+            check_pixels(replace(hand, xy=wrong), *picture)
+    for wrong in (xy / size, 2 * xy / size - 1, 0 * xy):
+        with pytest.raises(ValueError):
+            check_pixels(replace(hand, xy=wrong))                       # even without the picture's size
+
+
+def test_exchanged_axes_are_named():
+    hand = Detections(["a"], torch.tensor([[[700.0 + 5 * i, 100.0 + 3 * i] for i in range(21)]]), torch.ones(1, 21))
+    check_pixels(hand, 1000, 400)
+    with pytest.raises(ValueError, match="x and y exchanged"):
+        check_pixels(replace(hand, xy=hand.xy.flip(-1)), 1000, 400)
+
+
+def test_a_small_hand_in_the_corner_of_a_small_picture_is_only_doubted():
+    hand = Detections(["a"], torch.tensor(XY)[None] * 0.3, torch.ones(1, 21))
+    with pytest.warns(UserWarning, match="per cent of its size"):
+        check_pixels(hand, 224, 224)
+    check_pixels(Detections([], torch.zeros(0, 21, 2), torch.zeros(0, 21)), 224, 224)
 
 
 def test_nothing_is_left_when_writing_fails(tmp_path, monkeypatch):
