@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .contour import edges_of
 from .cuda_raster import project_batch, to_camera_batch
-from .kernels import host, only_once
+from .kernels import Operation, exact, host, only_once
 from .raster import NEAR, Fragments
 
 # %% ../nbs/05d_batch_contour.ipynb #1cd224ad
@@ -238,7 +238,7 @@ def _channels(picture: Tensor, pixel: Tensor, channels: int, pixels: int) -> Ten
 # %% ../nbs/05d_batch_contour.ipynb #2bebeb77
 def blend_batch(image: Float[Tensor, "B C H W"], pairs: Pairs) -> Float[Tensor, "B C H W"]:
     "Mix each pair's colours; every pair sees the colours as they were before."
-    target, other = (_channels(pairs.picture, p, image.shape[1], image[0, 0].numel()) for p in (pairs.target, pairs.other))
+    target, other = (_channels(pairs.picture, p, image.shape[1], image.shape[2:].numel()) for p in (pairs.target, pairs.other))
     flat = image.flatten()
     change = pairs.weight[:, None] * (flat[other] - flat[target])
     return flat.index_add(0, target.flatten(), change.flatten().to(image.dtype)).view_as(image)
@@ -246,7 +246,7 @@ def blend_batch(image: Float[Tensor, "B C H W"], pairs: Pairs) -> Float[Tensor, 
 # %% ../nbs/05d_batch_contour.ipynb #36669c10
 def unblend_batch(upstream: Float[Tensor, "B C H W"], pairs: Pairs) -> Float[Tensor, "B C H W"]:
     "dL/dimage of `blend_batch`."
-    target, other = (_channels(pairs.picture, p, upstream.shape[1], upstream[0, 0].numel()) for p in (pairs.target, pairs.other))
+    target, other = (_channels(pairs.picture, p, upstream.shape[1], upstream.shape[2:].numel()) for p in (pairs.target, pairs.other))
     flat = upstream.flatten()
     share = (pairs.weight[:, None] * flat[target]).to(upstream.dtype).flatten()
     return flat.index_add(0, other.flatten(), share).index_add_(0, target.flatten(), -share).view_as(upstream)
@@ -259,7 +259,7 @@ def move_edges(
     screen: Float[Tensor, "B V 3"],
 ) -> Float[Tensor, "B V 2"]:            # dL/d(u, v)
     "Gradient times contrast along the visible contour, handed to the ends of the edges."
-    sizes = image.shape[1], image[0, 0].numel()
+    sizes = image.shape[1], image.shape[2:].numel()
     at, inside, outside = (_channels(pieces.picture, p, *sizes) for p in (pieces.at, pieces.inside, pieces.outside))
     flat, before = upstream.flatten(), image.flatten()
     contrast = (flat[at].to(screen) * (before[inside] - before[outside])).sum(1)
@@ -271,7 +271,7 @@ def move_edges(
     return total.view(*screen.shape[:2], 2)
 
 # %% ../nbs/05d_batch_contour.ipynb #fe81d547
-class _AntialiasBatch(torch.autograd.Function):
+class _AntialiasBatch(Operation):
     @staticmethod
     def forward(ctx, image, vertices, faces, K, face_index, depth, near):
         image, K = image.contiguous(), K.to(vertices.device, torch.float64)
@@ -284,14 +284,15 @@ class _AntialiasBatch(torch.autograd.Function):
 
     @staticmethod
     @only_once("antialias has no second derivative")
-    def backward(ctx, upstream):
-        (image, vertices, K), (screen, pieces, pairs) = ctx.saved_tensors, ctx.kept
+    def backward(ctx, saved, upstream):
+        (image, vertices, K), (screen, pieces, pairs) = saved, ctx.kept
         to_image = unblend_batch(upstream, pairs) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]: return to_image, None, None, None, None, None, None
         pull = move_edges(image, upstream, pieces, screen)
         return to_image, to_camera_batch(pull, screen, vertices, K), None, None, None, None, None
 
 # %% ../nbs/05d_batch_contour.ipynb #66ad3761
+@exact
 def antialias_batch(
     image: Float[Tensor, "B C H W"],   # any channels, one value a pixel
     fragments: Fragments,

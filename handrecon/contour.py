@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .kernels import compiled, drawn_in_place, host, in_threads, only_once
+from .kernels import Operation, compiled, drawn_in_place, exact, host, in_threads, only_once
 from .raster import NEAR, Fragments, check_mesh, project_vertices, strips_of
 
 # %% ../nbs/05b_contour.ipynb #14dc507e
@@ -278,7 +278,7 @@ def blend_backward(job, image, upstream, counts, pieces, shares, pairs, weights,
         move_edge(-contrast if pieces[job, m, 5] & 2 else contrast, m, pieces[job], shares[job], screen[job], vertices[job], K[job], grad_vertices[job])
 
 # %% ../nbs/05b_contour.ipynb #0dce62a7
-class _Antialias(torch.autograd.Function):
+class _Antialias(Operation):
     @staticmethod
     def forward(ctx, image, vertices, faces, K, face_index, depth, near):
         points, intrinsics = host(vertices), host(K)
@@ -291,13 +291,14 @@ class _Antialias(torch.autograd.Function):
 
     @staticmethod
     @only_once("antialias has no second derivative")
-    def backward(ctx, upstream):
-        image, g, points = host(ctx.saved_tensors[0]), host(upstream), ctx.arrays[-2]
+    def backward(ctx, saved, upstream):
+        image, g, points = host(saved[0]), host(upstream), ctx.arrays[-2]
         grad_image, grad_vertices = np.empty_like(image), np.zeros_like(points)
         in_threads(blend_backward, len(image), image, g, *ctx.arrays, grad_image, grad_vertices)
         return torch.from_numpy(grad_image).to(upstream.device), torch.from_numpy(grad_vertices).to(upstream.device), None, None, None, None, None
 
 # %% ../nbs/05b_contour.ipynb #977c6fa7
+@exact
 def antialias(
     image: Float[Tensor, "B C H W"],   # any channels, one value a pixel
     fragments: Fragments,
@@ -406,7 +407,7 @@ def _soft_strip(job, strips, screen, faces, sigma, alpha, upstream, gradient):
 _GRAIN = 2**10    # pixels that are worth a thread: a pixel near many faces costs some thirty times as much as in the z-buffer
 
 
-class _SoftSilhouette(torch.autograd.Function):
+class _SoftSilhouette(Operation):
     @staticmethod
     def forward(ctx, vertices, faces, K, image_size, sigma, near):
         points, intrinsics, triangles = host(vertices), host(K), host(faces)
@@ -419,7 +420,7 @@ class _SoftSilhouette(torch.autograd.Function):
 
     @staticmethod
     @only_once("soft_silhouette has no second derivative")
-    def backward(ctx, upstream):
+    def backward(ctx, _, upstream):
         points, intrinsics, triangles, screen, alpha = ctx.arrays
         strips = strips_of(len(points), alpha.shape[1:], _GRAIN)
         parts, gradient = np.zeros((len(points) * strips, points.shape[1], 2)), np.zeros_like(points)
@@ -443,6 +444,7 @@ def _to_camera(job, strips, parts, screen, vertices, K, gradient):
         gradient[job, i, 2] = -(gu * (k[0, 0] * x + k[0, 1] * y) + gv * k[1, 1] * y) * inverse * inverse
 
 # %% ../nbs/05b_contour.ipynb #224a4aa1
+@exact
 def soft_silhouette(
     vertices: Float[Tensor, "B V 3"],  # camera axes, metres
     faces: Int[Tensor, "F 3"],

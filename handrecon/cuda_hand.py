@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .fast_hand import check_hand_inputs, constants_key
-from .kernels import kernel, only_once
+from .kernels import Operation, exact, kernel, only_once
 
 try:
     import triton
@@ -368,7 +368,7 @@ def bones_backward(pose, rotation, scale, bones, moments, joints_table, below, b
 BLOCK = 64    # vertices in a tile
 
 
-class CudaHand(torch.autograd.Function):
+class CudaHand(Operation):
     "(pose, shape, rotation, scale or None, translation or None, DeviceHand) -> vertices, joints."
     @staticmethod
     def forward(ctx, pose, shape, rotation, scale, translation, hand):
@@ -389,8 +389,8 @@ class CudaHand(torch.autograd.Function):
 
     @staticmethod
     @only_once("the CUDA hand layer has no second derivative: set `fast = False` on the hand model to use its plain path")
-    def backward(ctx, grad_vertices, grad_joints):
-        pose, shape, rotation, scale, blocks, rest = ctx.saved_tensors
+    def backward(ctx, saved, grad_vertices, grad_joints):
+        pose, shape, rotation, scale, blocks, rest = saved
         hand, B = ctx.hand, len(pose)
         grads = [x.new_empty(x.shape) for x in (pose, shape, rotation)] + [pose.new_empty(B), pose.new_empty(B, 3)]
         grad_rest, moments, grad_features = torch.empty_like(rest), torch.empty_like(blocks), pose.new_empty(B, len(hand.directions))
@@ -404,6 +404,7 @@ class CudaHand(torch.autograd.Function):
         return *grads[:3], None if scale is None else grads[3], grads[4] if ctx.has_translation else None, None
 
 # %% ../nbs/02d_cuda_hand.ipynb #223eac89
+@exact
 def cuda_hand(
     model: nn.Module,                                       # a HandModel, float32
     pose: Float[Tensor, "B m"],                             # axis-angle of the finger joints, radians

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .contour import FADE
-from .kernels import kernel, only_once
+from .kernels import Operation, exact, kernel, only_once
 from .raster import NEAR, Fragments
 
 try:
@@ -282,7 +282,7 @@ FACES, SIDE, PIXELS = (512, 8, 4096) if INTERPRETED else (4, 4, 64)       # face
 LAUNCH = dict(num_warps=1, enable_fp_fusion=False)
 
 # %% ../nbs/05c_cuda_raster.ipynb #bef44e84
-class _Draw(torch.autograd.Function):
+class _Draw(Operation):
     "(vertices, colours or None, background or None, ...) -> face index, depth, barycentric, picture (B,4,H,W) or None."
     @staticmethod
     def forward(ctx, vertices, colors, background, faces, K, image_size, cull, near):
@@ -299,16 +299,16 @@ class _Draw(torch.autograd.Function):
             if F: _nearest_kernel[(-(-F // FACES), batch)](screen, triangles, nearest, F, V, height, width, CULL=cull, N=FACES, SIDE=SIDE, **LAUNCH)
             _resolve_kernel[(-(-height * width // PIXELS), batch)](nearest, screen, triangles, colors, background, index, depth, weights, image,
                                                                   F, V, height, width, PER_FACE=per_face, P=PIXELS, **LAUNCH)
-        ctx.save_for_backward(vertices, colors, background)
-        ctx.kept, ctx.per_face = (screen, triangles, intrinsics, index, depth, weights), per_face
+        ctx.save_for_backward(vertices, colors, background, index, depth, weights)
+        ctx.kept, ctx.per_face = (screen, triangles, intrinsics), per_face
         ctx.mark_non_differentiable(index)
         ctx.set_materialize_grads(False)
         return index, depth, weights, image
 
     @staticmethod
     @only_once("drawing has no second derivative")
-    def backward(ctx, _, grad_depth, grad_weights, grad_image):
-        (vertices, colors, background), (screen, triangles, intrinsics, index, depth, weights) = ctx.saved_tensors, ctx.kept
+    def backward(ctx, saved, _, grad_depth, grad_weights, grad_image):
+        (vertices, colors, background, index, depth, weights), (screen, triangles, intrinsics) = saved, ctx.kept
         grad_depth, grad_weights, grad_image = (None if t is None else t.contiguous() for t in (grad_depth, grad_weights, grad_image))
         to_vertices = torch.zeros_like(vertices, dtype=torch.float64)
         to_colors = None if colors is None else torch.zeros_like(colors, dtype=torch.float64)
@@ -321,6 +321,7 @@ class _Draw(torch.autograd.Function):
         return to_vertices.to(vertices.dtype), None if colors is None else to_colors.to(colors.dtype), to_background, None, None, None, None, None
 
 # %% ../nbs/05c_cuda_raster.ipynb #d0d77a04
+@exact
 def rasterize_cuda(
     vertices: Float[Tensor, "B V 3"],  # camera axes, metres
     faces: Int[Tensor, "F 3"],
@@ -333,6 +334,7 @@ def rasterize_cuda(
     return Fragments(*_Draw.apply(vertices, None, None, faces, K, image_size, cull_back_faces, near)[:3])
 
 # %% ../nbs/05c_cuda_raster.ipynb #1e57615f
+@exact
 def paint_cuda(
     vertices: Float[Tensor, "B V 3"],                     # camera axes, metres
     faces: Int[Tensor, "F 3"],
@@ -432,7 +434,7 @@ def _soft_backward_kernel(screen, faces, rest, pull, F, V, height, width, sigma,
     tl.atomic_add(mine + 2 * k + 1, tl.sum(l2, 1).to(tl.float64), known)
 
 # %% ../nbs/05c_cuda_raster.ipynb #5c8ba7ca
-class _SoftCuda(torch.autograd.Function):
+class _SoftCuda(Operation):
     @staticmethod
     def forward(ctx, vertices, faces, K, image_size, sigma, near):
         need_triton()
@@ -449,14 +451,15 @@ class _SoftCuda(torch.autograd.Function):
 
     @staticmethod
     @only_once("soft_silhouette has no second derivative")
-    def backward(ctx, upstream):
-        (vertices, K), (screen, triangles, total) = ctx.saved_tensors, ctx.kept
+    def backward(ctx, saved, upstream):
+        (vertices, K), (screen, triangles, total) = saved, ctx.kept
         rest, pull = (torch.exp(-total) * upstream).float().contiguous(), torch.zeros_like(screen[..., :2]).contiguous()
         with torch.cuda.device_of(vertices):
             if len(triangles): _soft_backward_kernel[ctx.grid](screen, triangles, rest, pull, *ctx.sizes, N=FACES, SIDE=SIDE, **LAUNCH)
         return to_camera_batch(pull, screen, vertices, K), None, None, None, None, None
 
 # %% ../nbs/05c_cuda_raster.ipynb #4dbcb91c
+@exact
 def soft_silhouette_cuda(
     vertices: Float[Tensor, "B V 3"],  # camera axes, metres
     faces: Int[Tensor, "F 3"],

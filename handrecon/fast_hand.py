@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-from .kernels import host, in_threads, only_once, vectorized
+from .kernels import Operation, exact, host, in_threads, only_once, vectorized
 
 # %% ../nbs/02c_fast_hand.ipynb #917b12f7
 LANES = 16    # float32 numbers in the widest vector register
@@ -398,7 +399,7 @@ def backward_hands(job, pose, rotation, scale, rest, bones, directions, runs, fi
                                        grad_joints[b], gradients, grad_pose[b], grad_shape[b], grad_rotation[b])
 
 # %% ../nbs/02c_fast_hand.ipynb #96bff660
-class FastHand(torch.autograd.Function):
+class FastHand(Operation):
     "(pose, shape, rotation, scale, translation, number of vertices, PackedHand) -> vertices, joints."
     @staticmethod
     def forward(ctx, pose, shape, rotation, scale, translation, n_vertices, hand):
@@ -413,8 +414,8 @@ class FastHand(torch.autograd.Function):
 
     @staticmethod
     @only_once("the fast hand layer has no second derivative: set `fast = False` on the hand model to use its plain path")
-    def backward(ctx, grad_vertices, grad_joints):
-        pose, shape, rotation, scale, bones, rest = ctx.saved_tensors
+    def backward(ctx, saved, grad_vertices, grad_joints):
+        pose, shape, rotation, scale, bones, rest = saved
         grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (pose, shape, rotation, scale, rotation)]
         in_threads(backward_hands, -(-len(pose) // BLOCK), *map(host, (pose, rotation, scale, rest, bones)), *ctx.hand[1:],
                    host(grad_vertices), host(grad_joints), *(g.numpy() for g in grads))
@@ -425,8 +426,9 @@ def suits(
     model: nn.Module,                   # a HandModel
     *inputs: Tensor | None,
 ) -> bool:
-    "Whether kernels can take a call: float32 on the model's device, constants without gradients, nothing that traces."
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+    "Whether kernels can take a call: float32 on the model's device, constants without gradients, nothing that traces or transforms."
+    if (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() or torch._C._are_functorch_transforms_active()
+            or forward_ad._current_level >= 0):
         return False
     constants = [model._buffers[name] for name in _SOURCES[:5]]     # the floating ones; by attribute each would cost half a microsecond
     device = constants[0].device
@@ -447,6 +449,7 @@ def check_hand_inputs(
             raise ValueError(f"{name}: expected shape {expected[name]}, found {tuple(tensor.shape)}")
 
 # %% ../nbs/02c_fast_hand.ipynb #5c1ec870
+@exact
 def fast_hand(
     model: nn.Module,                                       # a HandModel on the CPU, float32
     pose: Float[Tensor, "B m"],                             # axis-angle of the finger joints, radians

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from .contour import blend, edges_of, empty_contour, find_contour, move_edge, trace_contour
-from .kernels import compiled, host, in_threads, only_once
+from .kernels import Operation, compiled, host, in_threads, only_once
 from .raster import project_vertices, rasterize_strip, strips_of, vertices_from_planes
 
 # %% ../nbs/06b_fused.ipynb #da6e409c
@@ -309,7 +309,7 @@ def draw(points, triangles, intrinsics, skin, lamp, behind, size, cull, near) ->
     return colors, screen, contour, outputs
 
 # %% ../nbs/06b_fused.ipynb #c0587ff2
-class FusedRender(torch.autograd.Function):
+class FusedRender(Operation):
     "(vertices, albedo, light (B,11) or empty, background or empty, ...) -> image, coverage, depth, face index, barycentric."
     @staticmethod
     def forward(ctx, vertices, albedo, light, background, faces, K, image_size, cull, near):
@@ -325,7 +325,7 @@ class FusedRender(torch.autograd.Function):
 
     @staticmethod
     @only_once("render has no second derivative")
-    def backward(ctx, grad_image, grad_alpha, grad_depth, _, grad_weights):
+    def backward(ctx, saved, grad_image, grad_alpha, grad_depth, _, grad_weights):
         (points, triangles, _, _, per_face, behind, *_), skin, lamp = ctx.arrays, ctx.skin, ctx.lamp
         gradients = (grad_image, grad_alpha, grad_depth, grad_weights)
         given = [np.zeros((0,) * n, points.dtype) if g is None else host(g) for g, n in zip(gradients, (4, 3, 3, 4))]

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .conventions import BONES, joint_limits
-from .kernels import host, in_threads, only_once, vectorized
+from .kernels import Operation, exact, host, in_threads, only_once, vectorized
 
 # %% ../nbs/07_losses.ipynb #ba2d2d50
 def smooth_l1(
@@ -129,6 +129,7 @@ def gaussian_blur(
     return rows @ x @ columns.T
 
 # %% ../nbs/07_losses.ipynb #7d467674
+@exact
 def ssim_map(
     x: Float[Tensor, "B C H W"],  # intensities in [0, 1]
     y: Float[Tensor, "B C H W"],
@@ -227,7 +228,7 @@ def ssim_plane(job, x, y, half, size, constants, means, wants_x, wants_y, grad_x
             for c in range(W): grad_y[job, r, c] = share * (product[r, c] + constants[3] * Y[r, c] * by_e[r, c] + X[r, c] * by_p[r, c])
 
 # %% ../nbs/07_losses.ipynb #b401d66f
-class _MeanSSIM(torch.autograd.Function):
+class _MeanSSIM(Operation):
     @staticmethod
     def forward(ctx, x, y, size):
         planes = [host(v).reshape(-1, *v.shape[-2:]) for v in (x, y)]
@@ -241,18 +242,19 @@ class _MeanSSIM(torch.autograd.Function):
 
     @staticmethod
     @only_once("ssim has no second derivative: use ssim_map(x, y).mean((1, 2, 3))")
-    def backward(ctx, upstream):
-        share = upstream[:, None, None, None] / ctx.saved_tensors[0].shape[1]
-        return *(share * g if wanted else None for g, wanted in zip(ctx.saved_tensors[2:], ctx.needs_input_grad)), None
+    def backward(ctx, saved, upstream):
+        share = upstream[:, None, None, None] / saved[0].shape[1]
+        return *(share * g if wanted else None for g, wanted in zip(saved[2:], ctx.needs_input_grad)), None
 
 # %% ../nbs/07_losses.ipynb #37f5d4f6
+@exact
 def ssim(
     x: Float[Tensor, "B C H W"],  # intensities in [0, 1]
     y: Float[Tensor, "B C H W"],
     size: int = 11,
 ) -> Float[Tensor, " B"]:
     "Mean structural similarity of each pair: 1 for equal pictures, at most 1 (Wang et al. 2004). On the CPU by one kernel."
-    if not (x.is_cpu and y.is_cpu) or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if not (x.is_cpu and y.is_cpu) or torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
         return ssim_map(x, y, size).mean((1, 2, 3))
     if min(x.shape[-2:]) < size:
         raise ValueError(f"a window of {size}×{size} pixels needs pictures at least that large, got {x.shape[-2]}×{x.shape[-1]}")

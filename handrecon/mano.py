@@ -7,6 +7,7 @@ __all__ = ['MANO_ARRAYS', 'linear_offsets', 'kinematic_levels', 'forward_kinemat
            'HandMesh', 'HandModel', 'transform_mesh', 'mirror_rotation', 'mirror_arrays', 'mirror_params']
 
 # %% ../nbs/02_mano.ipynb #aa990135
+from functools import reduce
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .conventions import FINGERTIP_VERTICES, MANO_TO_FREIHAND
+from .kernels import exact
 from .rotation import axis_angle_to_matrix
 
 # %% ../nbs/02_mano.ipynb #3d743059
@@ -189,9 +191,10 @@ class HandModel(nn.Module):
         if pose.ndim != 2 or pose.shape[1] != self.n_pose:
             raise ValueError(f"pose: expected shape (B, {self.n_pose}), found {tuple(pose.shape)}")
         if self.n_pca is not None:
-            pose = pose @ self.hands_components[:self.n_pca]
+            pose = pose @ self.hands_components[:self.n_pca].to(pose.dtype)
         return pose if self.flat_hand_mean else pose + self.hands_mean
 
+    @exact
     def forward(
         self,
         pose: Float[Tensor, "B n"],                             # radians, or n_pca coefficients
@@ -211,6 +214,7 @@ class HandModel(nn.Module):
             if kernels: return HandMesh(*kernels(self, self.full_pose(pose), shape, rotation, translation, scale))
         return self.plain(pose, shape, rotation, translation, scale)
 
+    @exact
     def plain(
         self,
         pose: Float[Tensor, "B n"],
@@ -219,12 +223,15 @@ class HandModel(nn.Module):
         translation: Float[Tensor, "B 3"] | None = None,
         scale: Float[Tensor, "B"] | None = None,
     ) -> HandMesh:
-        "The same, step by step, as derived in this lesson (Ren, Zhu and Zhang, Eq. 4 and 5): any precision, any device, any order of derivatives."
+        "The same, step by step, as derived in this lesson (Ren, Zhu and Zhang, Eq. 4 and 5): any device, any order of derivatives, in the finest of all precisions given and at least float32."
+        inputs, constants = (pose, shape, rotation), (self.v_template, self.directions, self.J_template, self.J_directions, self.weights)
+        kind = reduce(torch.promote_types, (t.dtype for t in (*inputs, constants[0], translation, scale) if t is not None))
+        pose, shape, rotation, template, directions, J_template, J_directions, weights = (t.to(kind) for t in (*inputs, *constants))
         local = axis_angle_to_matrix(torch.cat([rotation, self.full_pose(pose)], -1).unflatten(-1, (-1, 3)))
-        rest = self.v_template + linear_offsets(torch.cat([shape, pose_feature(local)], -1), self.directions)       # V_P
-        rest_joints = self.J_template + linear_offsets(shape, self.J_directions)                                    # J(β)
+        rest = template + linear_offsets(torch.cat([shape, pose_feature(local)], -1), directions)       # V_P
+        rest_joints = J_template + linear_offsets(shape, J_directions)                                  # J(β)
         rotations, joints = forward_kinematics(local, rest_joints, self.parents)
-        vertices = skin(rest, rest_joints, rotations, joints, self.weights)                                         # W
+        vertices = skin(rest, rest_joints, rotations, joints, weights)                                  # W
         joints = torch.cat([joints, vertices.index_select(1, self.tips)], 1).index_select(1, self.order)
         scale = 1 if scale is None else scale[:, None, None]
         translation = 0 if translation is None else translation[:, None]

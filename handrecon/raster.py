@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .kernels import compiled, drawn_in_place, host, in_threads, moved, only_once
+from .kernels import Operation, compiled, drawn_in_place, exact, host, in_threads, moved, only_once
 
 # %% ../nbs/05_raster.ipynb #280a4ccd
 class Fragments(NamedTuple):
@@ -223,7 +223,7 @@ def strips_of(
     return max(1, min(max(wanted, pixels // 2**18), size[0] // 16))
 
 # %% ../nbs/05_raster.ipynb #195ff7a8
-class _Rasterize(torch.autograd.Function):
+class _Rasterize(Operation):
     @staticmethod
     def forward(ctx, vertices, faces, K, image_size, cull, near):
         shape = (len(vertices), *image_size)
@@ -240,8 +240,8 @@ class _Rasterize(torch.autograd.Function):
 
     @staticmethod
     @only_once("rasterize has no second derivative")
-    def backward(ctx, _, grad_depth, grad_barycentric):
-        vertices, faces, K, *out = ctx.saved_tensors
+    def backward(ctx, saved, _, grad_depth, grad_barycentric):
+        vertices, faces, K, *out = saved
         arrays = [host(t) for t in (vertices, faces, K, *out, grad_depth, grad_barycentric)]
         gradient = np.zeros_like(arrays[0])
         in_threads(_rasterize_backward, len(vertices), *arrays, gradient)
@@ -251,6 +251,7 @@ class _Rasterize(torch.autograd.Function):
 __getattr__ = moved(__name__, {"KERNEL_DEVICES": "handrecon.kernels.KERNEL_DEVICES"})
 
 # %% ../nbs/05_raster.ipynb #71e7bcf7
+@exact
 def rasterize(
     vertices: Float[Tensor, "B V 3"],  # camera axes, metres
     faces: Int[Tensor, "F 3"],         # vertex indices, shared by the batch

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .contour import antialias
 from .fused import FusedRender
-from .kernels import drawn_in_place
+from .kernels import drawn_in_place, exact
 from .raster import NEAR, Fragments, check_mesh
 
 # %% ../nbs/06_render.ipynb #fed166a4
@@ -87,6 +87,7 @@ def shade(
     return albedo * (ambient + lamp * cosine)
 
 # %% ../nbs/06_render.ipynb #7c6070fc
+@exact
 def silhouette(
     fragments: Fragments,
     vertices: Float[Tensor, "B V 3"],  # the ones that were rasterised, camera axes, metres
@@ -116,6 +117,7 @@ def _render_in_place(vertices, faces, K, image_size, texture, lamp, background, 
     return Rendering(mixed[:, :3], mixed[:, 3], fragments.depth, fragments)
 
 # %% ../nbs/06_render.ipynb #b416659f
+@exact
 def render(
     vertices: Float[Tensor, "B V 3"],                     # camera axes, metres
     faces: Int[Tensor, "F 3"],                            # vertex indices, counter-clockwise seen from outside
@@ -132,7 +134,7 @@ def render(
     if texture.shape[1] not in (len(faces), vertices.shape[1]):
         raise ValueError(f"texture must have a row for each of {vertices.shape[1]} vertices or {len(faces)} faces, found {texture.shape[1]}")
     if light is None: lamp = vertices.new_empty(0, 11)
-    else: lamp = torch.cat([part.reshape(len(vertices), -1) for part in light], 1) if isinstance(light, Light) else light
+    else: lamp = torch.cat([part[:, None] if part.ndim == 1 else part for part in light], 1) if isinstance(light, Light) else light
     if lamp.shape not in ((0, 11), (len(vertices), 11)): raise ValueError(f"light must be a Light or ({len(vertices)}, 11), found {tuple(lamp.shape)}")
     if drawn_in_place(vertices): return _render_in_place(vertices, faces, K, image_size, texture, lamp, background, cull_back_faces, near)
     behind = vertices.new_empty(0, 3, 0, 0) if background is None else background
