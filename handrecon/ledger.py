@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FIELDS', 'BEGUN', 'RECORD', 'COLORS', 'PICTURE', 'PAPERS', 'INTRODUCTION', 'expected_config', 'read_record',
            'record_path', 'read_records', 'measure', 'all_claims', 'find_claims', 'handbook_folder', 'at_profile',
-           'ledger_row', 'missing_runs', 'finished_record', 'alone', 'make_record', 'run_claim', 'run_claims', 'drawn',
-           'forest_plot', 'section', 'page', 'update']
+           'learned_ratio', 'copies', 'controls', 'gated', 'ledger_row', 'missing_runs', 'finished_record', 'alone',
+           'make_record', 'run_claim', 'run_claims', 'drawn', 'forest_plot', 'section', 'page', 'update']
 
 # %% ../nbs/34_ledger.ipynb #a597ea5f
 import contextlib
@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 
 import handrecon
 from . import runs
-from .claims import WORDS, Claim, Measured, Number, Run, Verdict, command, number_text
+from .claims import CONTROLS, GATE, WORDS, Claim, Measured, Number, Run, Verdict, command, number_text
 from .conventions import nearest
 from .files import atomic_path, write_json, write_text
 from .runs import RunError, config_hash, reproduce
@@ -151,6 +151,52 @@ def _short(commit: str) -> str:
     name, plus, changes = commit.partition("+")
     return name[:10] + plus + changes
 
+# %% ../nbs/34_ledger.ipynb #ea981a1c
+def learned_ratio(claim: Claim, records: dict[str, dict[int, dict]]) -> tuple[float | None, str]:
+    "The worst PA-MPJPE of a claim's networks as a share of the mean pose's, mean over seeds; None, and why, where no record holds both."
+    worst = None
+    for own, still in claim.learned.items():
+        (run, _, mine), (other, _, theirs) = own.partition(":"), still.partition(":")
+        try: shares = [_metric(records[run][s]["metrics"], mine) / _metric(records[other][s]["metrics"], theirs) for s in sorted(records[run]) if s in records[other]]
+        except RunError as problem: return None, str(problem)
+        if shares: worst = max(worst or 0.0, statistics.fmean(shares))
+    if worst is None: return None, "control not run: no record holds a mean pose's error on these pictures"
+    return worst, f"its networks err {number_text(worst)} times what a mean pose errs, wanted at most {GATE}"
+
+# %% ../nbs/34_ledger.ipynb #e129a71f
+def copies(claim: Claim, ours: dict[str, Measured]) -> dict[str, Measured]:
+    "The numbers of a claim with every further run of a metric replaced by the first, its seeds passed on by one; empty where nothing is compared."
+    first, changed = {}, {}
+    for label, address in claim.ours.items():
+        run, _, metric = address.partition(":")
+        if label not in ours: continue
+        origin, there = first.setdefault(metric.split("/", 1)[-1], (run, ours[label]))
+        seeds = sorted(there.values)
+        if run != origin and len(seeds) > 1: changed[label] = Measured({s: there.values[seeds[(i + 1) % len(seeds)]] for i, s in enumerate(seeds)})
+    return ours | changed if changed else {}
+
+# %% ../nbs/34_ledger.ipynb #1be4b74e
+def controls(claim: Claim, records: dict[str, dict[int, dict]], ours: dict[str, Measured]) -> dict[str, str]:
+    "What became of every control: 'fails, as it should', 'PASSES', 'not asked: ...' or 'control not run'."
+    said = {}
+    for name in CONTROLS:
+        wanted = claim.controls.get(name)
+        if isinstance(wanted, str):
+            said[name] = f"not asked: {wanted}"
+            continue
+        if wanted: numbers = measure(replace(claim, ours=wanted), records)[0]
+        else: numbers = copies(claim, ours) if name == "copies" else {}
+        said[name] = "control not run" if not numbers else "PASSES" if claim.verdict(numbers).word == "reproduced" else "fails, as it should"
+    return said
+
+# %% ../nbs/34_ledger.ipynb #172ee1b3
+def gated(verdict: Verdict, ratio: float | None, said: dict[str, str]) -> Verdict:
+    "The verdict after the gate: 'reproduced' and 'contradicted' fall to the weaker word where the networks have not learned or a control passes."
+    faults = ["the networks have not learned enough"] * (ratio is not None and ratio > GATE) + [f"the judge passes the control {name!r}" for name, text in said.items() if text == "PASSES"]
+    weaker = {"reproduced": "direction only", "contradicted": "not reproduced"}
+    if not faults or verdict.word not in weaker: return verdict
+    return Verdict(weaker[verdict.word], f"{verdict.because}; not called {verdict.word}, since {' and '.join(faults)}")
+
 # %% ../nbs/34_ledger.ipynb #cfd112e9
 def _judged(claim: Claim, results: Path) -> dict[str, Any]:
     "What the records of a claim say, at the profile of its runs."
@@ -158,7 +204,9 @@ def _judged(claim: Claim, results: Path) -> dict[str, Any]:
     ours, problems = measure(claim, records)
     refused += problems
     every = [record for by_seed in records.values() for record in by_seed.values()]
-    verdict = claim.verdict(ours)
+    ratio, told = learned_ratio(claim, records)
+    said = controls(claim, records, ours)
+    verdict = gated(claim.verdict(ours), ratio, said)
     if verdict.word == "not run":
         wanted = sum(run.seeds or claim.seeds for run in claim.runs)
         verdict = Verdict("not run", refused[0] if refused else verdict.because if every else f"none of its {wanted} runs was made yet")
@@ -166,6 +214,7 @@ def _judged(claim: Claim, results: Path) -> dict[str, Any]:
         "ours": {label: {"mean": m.mean, "spread": None if math.isnan(m.spread) else m.spread, "seeds": sorted(m.values), "values": [m.values[s] for s in sorted(m.values)]}
                  for label, m in ours.items()},
         "verdict": verdict.word, "because": verdict.because, "refused": refused, "records": len(every),
+        "gate": {"ratio": ratio, "told": told, "controls": said},
         "commands": [command(claim, run, 0) for run in claim.runs],
         "measured_seconds": round(statistics.fmean(record["seconds"] for record in every), 1) if every else None,
         "devices": sorted({record["device"] for record in every}), "commits": sorted({_short(record["commit"] or record["version"]) for record in every})}
@@ -257,7 +306,7 @@ def run_claims(
     return failures
 
 # %% ../nbs/34_ledger.ipynb #b9a83011
-COLORS = dict(zip(WORDS, ("#2a9d3f", "#e0a100", "#d1352b", "#999999")))
+COLORS = dict(zip(WORDS, ("#2a9d3f", "#e0a100", "#d1352b", "#7a1fa2", "#5a7fb0", "#999999")))
 
 # %% ../nbs/34_ledger.ipynb #528f3bbf
 PICTURE = "pictures/claims.png"   # in the handbook
@@ -287,7 +336,7 @@ def forest_plot(rows: list[dict[str, Any]]):
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
     axis.xaxis.set_minor_formatter(NullFormatter())
-    for word in WORDS[:3]: axis.plot([], [], "o", color=COLORS[word], label=word)
+    for word in [word for word in WORDS if any(row["verdict"] == word for row in shown)]: axis.plot([], [], "o", color=COLORS[word], label=word)
     axis.legend(fontsize=7, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
     return figure
 
@@ -308,9 +357,14 @@ What the papers claim, and what came out here. This page is written by `handreco
 So our numbers stand beside the paper's to compare *directions and ratios*, not millimetres: a loss that helps here helps for the reason the paper gives, since the truth is known exactly and nothing else changed between two runs.
 What it cannot show: that the same holds for real skin, real backgrounds, real detectors and their habits, or at the paper's size. A claim that does not come out here may still hold there; where we know the reason, the row says so.
 
-**How to read a verdict.** *reproduced*: two seeds or more, every one satisfies the claim, and the mean margin is larger than its spread over seeds. *direction only*: the means point the paper's way, but within the spread, or by less than the paper's amount,
-or only one seed was run. *not reproduced*: the means do not point that way. *not run*: no numbers, and the row says why. Numbers are mean ± sample standard deviation over seeds; differences and ratios are taken seed by seed.
-With three seeds, about one idea in ten that does nothing at all would still be called *reproduced* by chance: read rows together, and look at the margins.
+**How to read a verdict.** Every judge weighs a quantity (a difference, the logarithm of a ratio, a value) taken seed by seed, by the 95 % interval of its mean (Student's t).
+*reproduced*: at least three seeds, and the interval lies wholly where the claim says: on its side, and where the row names an amount, by that amount (where the amount is the paper's, by half of it).
+*direction only*: the mean points the paper's way, but the interval does not lie wholly in the claimed region, or fewer than three seeds were run, or the row fails its gate. *not reproduced*: the mean does not point that way.
+*contradicted*: at least three seeds, and the interval lies wholly on the wrong side. *not comparable*: the claim needs what is not here, and the row says what. *not run*: no numbers, and the row says why.
+A sentence with several parts is worth as much as its worst part. An idea that does nothing is called *reproduced* in about one case of forty (lesson 19 measures it), with three seeds as with five.
+
+**The gate.** A row's networks should err at most 0.7 times what a *mean pose* errs on the same pictures, and its judge must *fail* for numbers that show nothing: an untrained network's, the mean pose's, and two copies of one setting with other seeds.
+A row that fails its gate is never called reproduced or contradicted. "Control not run" means that no record holds the numbers: such a row may carry a verdict, but nobody has tried to trick its judge in that way. Numbers are mean ± sample standard deviation over seeds.
 
 `handrecon claims --run ROW` makes what is missing of a row, `handrecon claims --run all` of all; both may be stopped and started again.
 """
@@ -339,17 +393,27 @@ def section(row: dict[str, Any]) -> str:
     if device: lines += [f"At the profile {row['device_profile']}, on {', '.join(device['devices'])}: **{device['verdict']}**: {device['because']}.", ""]
     lines += ["| " + " | ".join(cells) + " |" for cells in table]
     if row["note"]: lines += ["", row["note"]]
+    gate = row["gate"]
+    lines += ["", f"*Gate*: {gate['told']}" + (": **fails**" if (gate["ratio"] or 0) > GATE else "") + ". Controls: " + "; ".join(f"{name}: {text}" for name, text in gate["controls"].items()) + "."]
     time_each = row["measured_seconds"] or row["seconds"]
     facts = [f"{row['records']} of {row['wanted_records']} records"] + ([f"{time_each:.0f} s a run"] if time_each else []) + (
         [f"made on {', '.join(row['devices'])} by {', '.join(row['commits'])}"] if row["records"] else [])
     lines += ["", f"{'; '.join(facts)}. `handrecon claims --run {row['id']}` runs, for seeds from 0:", "", "```sh", *row["commands"], "```"]
     return "\n".join(lines) + "\n"
 
+# %% ../nbs/34_ledger.ipynb #1074651c
+def _gate_text(rows: list[dict[str, Any]]) -> str:
+    "How many rows passed the gate, in a sentence."
+    ratios = [row["gate"]["ratio"] for row in rows]
+    passed, failed = sum(r is not None and r <= GATE for r in ratios), sum(r is not None and r > GATE for r in ratios)
+    sure = sum(row["verdict"] == WORDS[0] and (row["gate"]["ratio"] or 1.0) <= GATE for row in rows)
+    return f"Of these rows, {passed} beat the mean pose as the gate asks, {failed} do not, and for {len(rows) - passed - failed} no record tells; of those reproduced, {sure} passed it."
+
 # %% ../nbs/34_ledger.ipynb #12efaf78
 def page(rows: list[dict[str, Any]]) -> str:
     "The ledger as Markdown, grouped by paper."
     count = Counter(row["verdict"] for row in rows)
-    parts = [INTRODUCTION, f"{len(rows)} claims: " + ", ".join(f"{count[word]} {word}" for word in WORDS) + ".\n"]
+    parts = [INTRODUCTION, f"{len(rows)} claims: " + ", ".join(f"{count[word]} {word}" for word in WORDS) + ". " + _gate_text(rows) + "\n"]
     if drawn(rows): parts.append(f"![Ours divided by the paper's number, a line for each claim]({PICTURE})\n\nEvery dot is a quantity: ours divided by the paper's. Bars: spread over seeds.\n")
     for system in dict.fromkeys(row["system"] for row in rows):
         mine = [row for row in rows if row["system"] == system]

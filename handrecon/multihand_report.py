@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
-from .claims import Claim, Run, all_of, close, ordering, ratio_at_most, within
+from .claims import Claim, Run, all_of, close, half_of, not_comparable, ordering, ratio_at_most, within
 from .camera import crop_images, crop_intrinsics
 from .centermap import Peaks
 from .metrics import pa_mpjpe
@@ -179,7 +179,7 @@ CLAIMS = (
     Claim("multihand-table4", "multihand", "Each term helps: regularisation, augmentation, consistency and bone directions; all together cut the baseline's error to about a third.", "Table IV",
           {f"{name}, mm": paper for name, (_, paper) in _TABLE_4.items()}, _ROWS, 2, {f"{name}, mm": f"{run.name}:PA-MPJPE" for name, run in zip(_TABLE_4, _ROWS)},
           all_of(ordering("reg, mm", "baseline, mm"), ordering("reg, aug, mm", "reg, mm"), ordering("reg, con, mm", "reg, mm"), ordering("reg, con, bone, mm", "reg, con, mm"),
-                 ordering("all, mm", "reg, aug, bone, mm"), ratio_at_most("all, mm", "baseline, mm", 0.4)), _NOTE, 330, "gpu"),
+                 ordering("all, mm", "reg, aug, bone, mm"), half_of("all, mm", "baseline, mm", 10.7 / 29.8)), _NOTE, 330, "gpu"),
     Claim("multihand-photometric", "multihand", "The photometric term makes textures and changes accuracy little.", "Table IV",
           {"all, mm": 10.7, "with photometric term, mm": 10.7}, (_ROWS[-1], _PHOTO), 2, {"all, mm": "all:PA-MPJPE", "with photometric term, mm": "pho:PA-MPJPE"},
           close("all, mm", "with photometric term, mm", 0.5), _NOTE, 420, "gpu"),
@@ -194,7 +194,8 @@ CLAIMS = (
           {"side accuracy": "pairs:side accuracy", "AP": "pairs:AP", "crowded: side accuracy": "shipped:side accuracy", "crowded: AP": "shipped:AP"}, within("side accuracy", 0.9765),
           "RHD has two hands a picture: 300 held-out synthetic pictures of 512 pixels with two hands that do not touch. Crowded: 300 with up to ten that touch, hide each other, and hide behind arms.", 90),
     Claim("multihand-many", "multihand", "Up to ten hands are reconstructed with an end-point error of 21.48 mm and 8.56 pixels.", "§IV-C, multi-hand", {"EPE, mm": 21.48, "2D, px": 8.56}, (_SHIPPED,), 1,
-          {"EPE, mm": "shipped:EPE", "2D, px": "shipped:2D", "between hands, mm": "shipped:between hands"}, all_of(within("EPE, mm", high=21.48), within("2D, px", high=8.56)), _SCENES, 90),
+          {"EPE, mm": "shipped:EPE", "2D, px": "shipped:2D", "between hands, mm": "shipped:between hands"},
+          not_comparable("an error in millimetres and pixels on pictures that are not here; it takes the paper's test pictures, or its method on ours"), _SCENES, 90),
     Claim("multihand-run-time", "multihand", "Run time does not depend on the number of hands; a crop-and-regress pipeline's grows linearly.", "Fig. 9", {}, (_SHIPPED,), 1,
           {"ten hands / one hand": "shipped:ten hands to one", "a further hand, ms": "shipped:ms a further hand/all at once", "a further hand, one by one, ms": "shipped:ms a further hand/hand by hand"},
           all_of(within("ten hands / one hand", high=1.1), ratio_at_most("a further hand, ms", "a further hand, one by one, ms", 0.2)),

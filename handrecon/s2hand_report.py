@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from .camera import project
-from .claims import Claim, Run, all_of, ordering, ratio_at_most, within
+from .claims import GATE, Claim, Run, all_of, half_of, ordering, ratio_at_most, within
 from .conventions import Observation, Truth
 from handrecon.losses import (
     ssim)
@@ -216,12 +216,20 @@ _ROW = lambda metric, unit: {f"{name}, {unit}": f"{run}:{_SSL}/{metric}" for run
 _ONLY = "Synthetic hands, 64 pixels, small backbone, about 1,000 steps."
 
 # %% ../nbs/20b_s2hand_report.ipynb #f222e424
+_LEARNED = {f"all:{_SSL}/PA-MPJPE": "all:mean pose/PA-MPJPE"}
 CLAIMS = (
     Claim("supervision", "s2hand", "Without any true label the network comes near fully supervised ones.", "Table 2", {"self-supervised, mm": 11.8, "supervised, mm": 11.0},
           (Run("all"), Run("supervised", overrides={"supervision": "true-3d"})), 3,
-          {"self-supervised, mm": f"all:{_SSL}/PA-MPJPE", "supervised, mm": "supervised:supervised/PA-MPJPE"},
-          ratio_at_most("self-supervised, mm", "supervised, mm", 1.10),
-          note=f"{_ONLY} The paper's supervised numbers (11.0 and 11.1) are other groups' networks; ours is the same network on the same pictures. Aligned joint error.", seconds=120, device_profile="gpu"),
+          {"self-supervised, mm": f"all:{_SSL}/PA-MPJPE", "supervised, mm": "supervised:supervised/PA-MPJPE",
+           "self-supervised, from wrist, mm": f"all:{_SSL}/MPJPE from wrist", "supervised, from wrist, mm": "supervised:supervised/MPJPE from wrist",
+           "mean pose, mm": "all:mean pose/PA-MPJPE"},
+          all_of(ratio_at_most("self-supervised, mm", "supervised, mm", 1.10), ratio_at_most("self-supervised, from wrist, mm", "supervised, from wrist, mm", 1.10),
+                 ratio_at_most("self-supervised, mm", "mean pose, mm", GATE)),
+          note=f"{_ONLY} The paper's supervised numbers (11.0 and 11.1) are other groups' networks; ours is the same network on the same pictures. Joint error, aligned and from the wrist: mean poses pass the first alone.",
+          learned=_LEARNED | {"supervised:supervised/PA-MPJPE": "supervised:mean pose/PA-MPJPE"}, controls={
+              "mean pose": {f"{who}, {at}mm": f"{run}:mean pose/{m}" for who, run in (("self-supervised", "all"), ("supervised", "supervised")) for at, m in (("", "PA-MPJPE"), ("from wrist, ", "MPJPE from wrist"))}
+              | {"mean pose, mm": "all:mean pose/PA-MPJPE"},
+              "copies": "the claim is that two are alike, and two mean poses are; the gate keeps them out"}, seconds=120, device_profile="gpu"),
     Claim("loss-ablation", "s2hand", "Each term helps: bone directions much, the 2D branch with consistency a little, E_photo hardly.", "Table 4",
           {"E_loc + E_regu, mm": 15.4, "+ E_ori, mm": 12.4, "+ 2D branch, E_cons, mm": 11.9, "+ E_photo, mm": 11.8,
            "E_loc + E_regu, MPVPE": 15.8, "+ E_ori, MPVPE": 12.6, "+ 2D branch, E_cons, MPVPE": 12.0, "+ E_photo, MPVPE": 11.9,
@@ -230,7 +238,7 @@ CLAIMS = (
           _ROW("PA-MPJPE", "mm") | _ROW("PA-MPVPE", "MPVPE") | _ROW("AUC", "AUC") | _ROW("F@5", "F@5"),
           ordering("+ E_photo, mm", "+ 2D branch, E_cons, mm", "+ E_ori, mm", "E_loc + E_regu, mm"),
           note=f"{_ONLY} Every run takes the same number of steps. In this profile E_photo teaches texture and light and leaves the hand's place alone (photo_moves_hand), so its row can only differ by what the shared backbone learns.",
-          seconds=120, device_profile="gpu"),
+          learned=_LEARNED, seconds=120, device_profile="gpu"),
     Claim("noisy-supervision", "s2hand", "Noisy detections with confidence (SSL) teach better than true key points with equal confidence (WSL).", "Tables 5 and 6",
           {"SSL, AUC": 0.766, "WSL, AUC": 0.730}, (Run("all"), Run("true-equal", overrides={"supervision": "true-2d", "confidence": "equal"}),
                                                    Run("noisy-equal", overrides={"confidence": "equal"}, seeds=1), Run("true-weighted", overrides={"supervision": "true-2d"}, seeds=1)), 3,
@@ -238,25 +246,27 @@ CLAIMS = (
            "noisy, equal confidence, AUC": f"noisy-equal:{_SSL}/AUC", "true, detector's confidence, AUC": "true-weighted:weakly supervised/AUC"},
           ordering("WSL, AUC", "SSL, AUC"),
           note=f"{_ONLY} Two more runs take the causes apart: which points, and which weights. Our detector's errors are independent of what the hand model can express; the paper's true key points come from a hand model "
-               "fitted to several views, its detections from OpenPose, whose joints are defined otherwise.", seconds=120),
+               "fitted to several views, its detections from OpenPose, whose joints are defined otherwise.", learned=_LEARNED, seconds=120),
     Claim("keypoint-accuracy", "s2hand", "Joining both branches lowers the 2D error of the 2D branch (−5.4 %) and of the projected joints (−9.3 %); both are then better than the detections that taught them.", "Fig. 4, §4.4.2",
           {"branch, after / before": 0.946, "projected, after / before": 0.907}, (Run("all"), Run("no-consistency", overrides=_without(w_cons=0.0))), 3,
           {"detections, px": "all:key points/training/before/detections",
            "branch before, px": "all:key points/training/before/branch", "branch after, px": "all:key points/training/after/branch", "branch, same steps without E_cons, px": "no-consistency:key points/training/after/branch",
            "projected before, px": "all:key points/training/before/projected", "projected after, px": "all:key points/training/after/projected",
            "projected, same steps without E_cons, px": "no-consistency:key points/training/after/projected"},
-          all_of(ratio_at_most("branch after, px", "branch before, px", 0.946), ratio_at_most("projected after, px", "projected before, px", 0.907),
+          all_of(half_of("branch after, px", "branch before, px", 0.946), half_of("projected after, px", "projected before, px", 0.907),
                  ordering("branch after, px", "branch, same steps without E_cons, px"), ordering("projected after, px", "projected, same steps without E_cons, px")),
           note=f"{_ONLY} Pixels of a 224-pixel picture, over the joints that were detected. A control takes the joint stage without E_cons: what it gains, more steps gain. After so short a training no network "
-               "is as exact as the simulated detector (about 6 px), so that part of the paper's sentence is not tested.", seconds=120),
+               "is as exact as the simulated detector (about 6 px), so that part of the paper's sentence is not tested.", learned=_LEARNED, seconds=120),
     Claim("texture", "s2hand", "E_photo teaches colours and light: the rendered hand resembles the pictured one.", "§4.4.1, Figs. 1 and 5", {},
           (Run("all"), Run("branch", overrides=_without(**_NO_PHOTO))), 3,
           {"with E_photo, L1": "all:photometric/L1", "without (mean skin), L1": "branch:photometric/L1", "with E_photo, 1 - SSIM": "all:photometric/1-SSIM", "without (mean skin), 1 - SSIM": "branch:photometric/1-SSIM"},
           ratio_at_most("with E_photo, L1", "without (mean skin), L1", 0.8),
           note=f"{_ONLY} Mean absolute difference of colours in [0, 1] where the rendered hand covers the held-out picture. Without E_photo there is no texture branch; mean skin in plain light stands for it. The limit of 0.8 is ours. "
-               "figures/grid.png of each run shows the hands.", seconds=120),
+               "figures/grid.png of each run shows the hands.", learned=_LEARNED, seconds=120),
     Claim("keypoint-uncertainty-beyond", "s2hand", "Aim of our own: the calibrated spread of a heat map says how far off the 2D branch is; circles around its joints hold the truth as often as they should, within 0.1.",
-          "beyond the paper", {}, (Run("all"),), 3,
-          {"coverage error": "all:uncertainty/coverage error", "correlation of log σ and log error": "all:uncertainty/correlation of logs"}, within("coverage error", high=0.1),
-          note=f"{_ONLY} Calibrated on the detections of half of the held-out pictures, tried against the truth of the other half. A correlation near 0 would mean that every joint gets the same σ.", seconds=120),
+          "beyond the paper", {}, (Run("all"), Run("supervised", overrides={"supervision": "true-3d"})), 3,
+          {"coverage error": "all:uncertainty/coverage error", "correlation of log σ and log error": "all:uncertainty/correlation of logs"}, all_of(within("coverage error", high=0.1), within("correlation of log σ and log error", low=0.3)),
+          note=f"{_ONLY} Calibrated on the detections of half of the held-out pictures, tried against the truth of the other half. Coverage alone is met by one σ for every joint; so the correlation of log σ and log error must reach 0.3 (our limit). The supervised run never trains its branch and is the untrained control.",
+          learned=_LEARNED, controls={"untrained": {"coverage error": "supervised:uncertainty/coverage error", "correlation of log σ and log error": "supervised:uncertainty/correlation of logs"},
+                                      "mean pose": "no heat map", "copies": "one network is judged, none compared"}, seconds=120),
 )
