@@ -1,6 +1,6 @@
 """Give lessons other numbers, everywhere at once: files, links, the words beside the links, tests, README and this book.
 
-    python handbook/renumber.py 18_reconstruct=43_reconstruct 31_cli=50_cli        # then: nbdev_export
+    python handbook/renumber.py 18_reconstruct=43_reconstruct 50_cli=50_cli        # then: nbdev_export
 
 Only what names a lesson is changed: its file name, and its number in "lesson NN" or in the text of a link to it. What it cannot decide (ranges such
 as "lessons 00 to 07") is printed, for a person to read. Nothing is written where a new name is taken or an old one is missing."""

@@ -9,7 +9,6 @@ __all__ = ['BLOCK', 'trig_halves', 'turn', 'store9', 'paths_to', 'DeviceHand', '
            'torque_of_features', 'row_of_q', 'wrench', 'shape_backward', 'bones_backward', 'CudaHand', 'cuda_hand']
 
 # %% ../nbs/02d_cuda_hand.ipynb #f43db022
-from collections.abc import Callable
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PAPER_AUGMENTATION', 'STRONG_AUGMENTATION', 'AROUND', 'Crop', 'crop_camera', 'warp', 'Augmentation', 'draws',
            'colour_table', 'HandBatch', 'Crops', 'as_is', 'make_loader', 'Chosen', 'with_joints', 'PackedPictures',
-           'pack', 'pack_rows', 'bench_data']
+           'files_stamp', 'pack', 'pack_rows', 'bench_data']
 
 # %% ../nbs/14c_feeding.ipynb #56407318
 import tempfile
@@ -347,7 +347,7 @@ def _picture_paths(data: HandData) -> list[str]:
     return list(dict.fromkeys(os.path.abspath(data.label(i).path) for i in range(len(data))))
 
 
-def _stamp(paths: list[str]) -> str:
+def files_stamp(paths: list[str]) -> str:
     "Changes when a file's name, size or time does: quick to see, without opening it."
     digest = hashlib.sha256()
     for path in paths:
@@ -372,7 +372,7 @@ def pack(
 ) -> PackedPictures:
     "Open the cache, or make it. A cache of other pictures is made anew; one whose pictures were only moved in time is kept."
     folder, paths = Path(folder), _picture_paths(data)
-    stamp = _stamp(paths)
+    stamp = files_stamp(paths)
     try:
         found = PackedPictures(folder)
         if found.about["stamp"] == stamp or found.about["names"] == paths and found.about["key"] == _key(paths):

@@ -4,17 +4,21 @@
 
 # %% auto #0
 __all__ = ['LARGEST_PICTURE', 'DataError', 'read_bytes', 'header_size', 'stretched', 'decode', 'read_rgb', 'two_byte_depth',
-           'find_picture', 'read_json', 'numbers', 'point_lists', 'first_length', 'read_annotations', 'unpickled',
-           'count_numbers', 'read_mat', 'mat_bytes', 'indexed']
+           'find_picture', 'read_json', 'numbers', 'open_text', 'JsonReader', 'as_points', 'points_of_hands',
+           'point_lists', 'first_length', 'read_annotations', 'unpickled', 'count_numbers', 'read_mat', 'mat_bytes',
+           'indexed']
 
 # %% ../nbs/13b_formats.ipynb #ec6e3a67
+import gzip
 import hashlib
+import io
 import json
 import os
+import re
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from pathlib import Path
 
@@ -23,8 +27,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from .files import encoding_of
-from .mano_files import ManoFileError, _array, _cache_folder, _DataUnpickler, _keep, _Record
-from .metrics import _hands, _JsonReader
+from .mano_files import ManoFileError, array_of, cache_folder, DataUnpickler, keep_in_cache, PickleRecord
 
 # %% ../nbs/13b_formats.ipynb #fd090ad6
 class DataError(ValueError):
@@ -129,12 +132,114 @@ def numbers(values, shape: tuple[int, ...], where: str) -> Float[np.ndarray, "..
         raise DataError(f"{where}: expected finite numbers, found NaN, infinity or a number beyond 1e9")
     return array.astype(np.float32)
 
+# %% ../nbs/13b_formats.ipynb #e9bf7a34
+def open_text(path: Path) -> io.TextIOBase:
+    "A text, wherever it is: plain, in gzip's form, or pred.json in a zip archive, told by content. Raises ValueError, OSError."
+    with open(path, "rb") as file: head = file.read(64)
+    if head.startswith(b"version https://git-lfs"): raise ValueError(f"{path}: a pointer of Git LFS, not the file: run git lfs pull")
+    try:
+        if head.startswith(b"PK\x03\x04"):
+            archive = zipfile.ZipFile(path)
+            names = [name for name in archive.namelist() if name.endswith(".json") and not Path(name).name.startswith(".")]
+            names = [name for name in names if Path(name).name == "pred.json"] or names
+            if len(names) != 1: raise ValueError(f"{path}: expected one pred.json in this archive, found {', '.join(archive.namelist()[:3]) or 'nothing'}")
+            raw = archive.open(names[0])
+        else: raw = gzip.open(path) if head.startswith(b"\x1f\x8b") else open(path, "rb")
+        mark = raw.read(4)
+        raw.seek(0)
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"{path}: an archive that cannot be read: {error}") from None
+    return io.TextIOWrapper(raw, encoding=encoding_of(mark), errors="replace")
+
+# %% ../nbs/13b_formats.ipynb #c0cce49a
+class JsonReader:
+    "Takes a JSON file apart from left to right without ever holding all of it; errors are ValueErrors that name the file."
+    CHUNK, LONGEST = 1 << 20, 1 << 22  # characters read at once; characters that one value may have
+
+    def __init__(self, path: Path):
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file")
+        self.path, self.text, self.at = path, "", 0
+        self.file = open_text(path)
+        self.decode = json.JSONDecoder(parse_int=float).raw_decode
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+    def more(self) -> bool:
+        try: new = self.file.read(self.CHUNK)
+        except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error: raise ValueError(f"{self.path}: cannot be read to its end: {error}") from None
+        self.text, self.at = self.text[self.at:] + new, 0
+        return bool(new)
+
+    def peek(self) -> str:
+        "The next character that is not white space; empty at the end of the file."
+        while True:
+            self.at = re.compile(r"[ \t\r\n]*").match(self.text, self.at).end()
+            if self.at < len(self.text) or not self.more():
+                return self.text[self.at:self.at + 1]
+
+    def take(self, expected: str, where: str) -> str:
+        "Consume one of the `expected` characters; empty for the end of the file."
+        c = self.peek()
+        if c and c in expected or not c and not expected:
+            self.at += len(c)
+            return c
+        if not c:
+            raise ValueError(f"{self.path}: the file ends at {where}, is it truncated?")
+        raise ValueError(f"{self.path}: expected {' or '.join(expected) or 'nothing more'} at {where}, found {c!r}")
+
+    def value(self, where: str):
+        "Decode the next JSON value."
+        self.peek()
+        while True:
+            try:
+                value, self.at = self.decode(self.text, self.at)
+                return value
+            except RecursionError:
+                raise ValueError(f"{self.path}: cannot read {where}: too many brackets") from None
+            except ValueError as error:
+                if len(self.text) - self.at > self.LONGEST or not self.more():
+                    cut = error.pos + 20 > len(self.text) and not self.more()
+                    raise ValueError(f"{self.path}: cannot read {where}: {'the file ends there, is it truncated?' if cut else error.msg}") from None
+
+# %% ../nbs/13b_formats.ipynb #ef02b326
+def as_points(value: object) -> np.ndarray | None:
+    "A (P, 3) array of a decoded JSON value, None if it is anything else."
+    try:
+        x = np.asarray(value)
+    except ValueError:  # lists of different lengths
+        return None
+    return x if x.dtype == np.float64 and x.ndim == 2 and x.shape[1] == 3 and len(x) else None
+
+# %% ../nbs/13b_formats.ipynb #5d0314cf
+def points_of_hands(reader: JsonReader, label: str, points: int | None = None) -> Iterator[np.ndarray]:
+    "Yield the (P, 3) arrays of the list that starts here."
+    reader.take("[", label)
+    count, separator = 0, ","
+    if reader.peek() == "]":
+        separator = reader.take("]", label)
+    while separator == ",":
+        where = f"{label}[{count}]"
+        hand = as_points(reader.value(where))
+        if hand is None or (points and len(hand) != points):
+            found = "something else" if hand is None else f"{len(hand)} × 3"
+            raise ValueError(f"{reader.path}: {where} must be {points or 'P'} × 3 numbers, found {found}")
+        if not (np.abs(hand) < 1e9).all():  # a metre count whose square still fits; False for NaN
+            raise ValueError(f"{reader.path}: {where} holds NaN, infinity or a number beyond 1e9")
+        points, count = len(hand), count + 1
+        yield hand
+        separator = reader.take(",]", f"the end of {where}")
+
 # %% ../nbs/13b_formats.ipynb #71120bdd
 def point_lists(path: Path, points: int) -> Float[np.ndarray, "N P 3"]:
     "A JSON list of P × 3 numbers each, read a piece at a time."
     try:
-        with _JsonReader(path) as reader:
-            hands = [hand.astype(np.float32) for hand in _hands(reader, path.stem, points)]
+        with JsonReader(path) as reader:
+            hands = [hand.astype(np.float32) for hand in points_of_hands(reader, path.stem, points)]
             reader.take("", "the end of the file")
     except DataError:
         raise
@@ -145,7 +250,7 @@ def point_lists(path: Path, points: int) -> Float[np.ndarray, "N P 3"]:
 # %% ../nbs/13b_formats.ipynb #40bfc1fc
 def first_length(path: Path) -> int:
     "Number of points of the first hand in a list."
-    with _JsonReader(path) as reader:
+    with JsonReader(path) as reader:
         reader.take("[", path.stem)
         first = reader.value(path.stem)
     if not isinstance(first, list):
@@ -153,7 +258,7 @@ def first_length(path: Path) -> int:
     return len(first)
 
 # %% ../nbs/13b_formats.ipynb #a3aa9412
-class _AnnotationUnpickler(_DataUnpickler):
+class _AnnotationUnpickler(DataUnpickler):
     "As for hand models, for longer files whose dictionaries may have whole numbers for keys."
     def __init__(self, data: bytes):
         super().__init__(data)
@@ -184,7 +289,7 @@ def read_annotations(path: str | Path) -> dict:
 def unpickled(value, shape: tuple[int, ...], where: str) -> Float[np.ndarray, "..."]:
     "Numbers of a pickled record, list or scalar in the given shape. Raises DataError."
     try:
-        value = _array(value) if isinstance(value, _Record) else value
+        value = array_of(value) if isinstance(value, PickleRecord) else value
     except Exception as error:
         reason = str(error) if isinstance(error, ManoFileError) else f"damaged ({type(error).__name__})"
         raise DataError(f"{where}: {reason}") from None
@@ -197,7 +302,7 @@ def unpickled(value, shape: tuple[int, ...], where: str) -> Float[np.ndarray, ".
 def count_numbers(value) -> int:
     "How many numbers a pickled record, list or scalar holds; 0 where it holds anything else."
     try:
-        return int(np.size(_array(value) if isinstance(value, _Record) else value))
+        return int(np.size(array_of(value) if isinstance(value, PickleRecord) else value))
     except Exception:       # a damaged record can break anywhere
         return 0
 
@@ -281,12 +386,12 @@ def indexed(
     "What `build` returns, remembered until one of the files changes."
     if cache is False:
         return build()
-    path = (_cache_folder() if cache is True else Path(cache)) / f"{name}-{_fingerprint(name, files)}.npz"
+    path = (cache_folder() if cache is True else Path(cache)) / f"{name}-{_fingerprint(name, files)}.npz"
     try:
         with np.load(path, allow_pickle=False) as stored:
             return dict(stored)
     except (OSError, ValueError, zipfile.BadZipFile, EOFError, KeyError):
         pass
     arrays = build()
-    _keep(path, lambda file: np.savez(file, **arrays))
+    keep_in_cache(path, lambda file: np.savez(file, **arrays))
     return arrays

@@ -11,14 +11,10 @@ __all__ = ['Array', 'OFFICIAL_THRESHOLDS', 'OFFICIAL_COUNTS', 'INTERHAND_ROOTS',
            'mean_hand']
 
 # %% ../nbs/15_metrics.ipynb #bc202de1
-import gzip
-import io
 import json
 import os
 import re
 import warnings
-import zipfile
-import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +27,8 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from .conventions import JOINT_ORDERS, OPENGL_TO_OPENCV, convert_joints
-from .files import atomic_path, encoding_of
+from .files import atomic_path
+from .formats import JsonReader, points_of_hands
 
 # %% ../nbs/15_metrics.ipynb #40e8ffeb
 Array = np.ndarray | Tensor  # every metric takes either and works in float64
@@ -325,108 +322,6 @@ def _require_finite(name: str, x: np.ndarray) -> None:
     if len(bad):
         raise ValueError(f"{name}: {len(bad)} of {len(x)} hands hold NaN or infinity, the first is number {bad[0]}")
 
-# %% ../nbs/15_metrics.ipynb #e9bf7a34
-def _opened(path: Path) -> io.TextIOBase:
-    "A text, wherever it is: plain, in gzip's form, or pred.json in a zip archive, told by content. Raises ValueError, OSError."
-    with open(path, "rb") as file: head = file.read(64)
-    if head.startswith(b"version https://git-lfs"): raise ValueError(f"{path}: a pointer of Git LFS, not the file: run git lfs pull")
-    try:
-        if head.startswith(b"PK\x03\x04"):
-            archive = zipfile.ZipFile(path)
-            names = [name for name in archive.namelist() if name.endswith(".json") and not Path(name).name.startswith(".")]
-            names = [name for name in names if Path(name).name == "pred.json"] or names
-            if len(names) != 1: raise ValueError(f"{path}: expected one pred.json in this archive, found {', '.join(archive.namelist()[:3]) or 'nothing'}")
-            raw = archive.open(names[0])
-        else: raw = gzip.open(path) if head.startswith(b"\x1f\x8b") else open(path, "rb")
-        mark = raw.read(4)
-        raw.seek(0)
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
-        raise ValueError(f"{path}: an archive that cannot be read: {error}") from None
-    return io.TextIOWrapper(raw, encoding=encoding_of(mark), errors="replace")
-
-# %% ../nbs/15_metrics.ipynb #c0cce49a
-class _JsonReader:
-    "Takes a JSON file apart from left to right without ever holding all of it; errors are ValueErrors that name the file."
-    CHUNK, LONGEST = 1 << 20, 1 << 22  # characters read at once; characters that one value may have
-
-    def __init__(self, path: Path):
-        if not path.is_file():
-            raise ValueError(f"{path}: no such file")
-        self.path, self.text, self.at = path, "", 0
-        self.file = _opened(path)
-        self.decode = json.JSONDecoder(parse_int=float).raw_decode
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.file.close()
-
-    def more(self) -> bool:
-        try: new = self.file.read(self.CHUNK)
-        except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error: raise ValueError(f"{self.path}: cannot be read to its end: {error}") from None
-        self.text, self.at = self.text[self.at:] + new, 0
-        return bool(new)
-
-    def peek(self) -> str:
-        "The next character that is not white space; empty at the end of the file."
-        while True:
-            self.at = re.compile(r"[ \t\r\n]*").match(self.text, self.at).end()
-            if self.at < len(self.text) or not self.more():
-                return self.text[self.at:self.at + 1]
-
-    def take(self, expected: str, where: str) -> str:
-        "Consume one of the `expected` characters; empty for the end of the file."
-        c = self.peek()
-        if c and c in expected or not c and not expected:
-            self.at += len(c)
-            return c
-        if not c:
-            raise ValueError(f"{self.path}: the file ends at {where}, is it truncated?")
-        raise ValueError(f"{self.path}: expected {' or '.join(expected) or 'nothing more'} at {where}, found {c!r}")
-
-    def value(self, where: str):
-        "Decode the next JSON value."
-        self.peek()
-        while True:
-            try:
-                value, self.at = self.decode(self.text, self.at)
-                return value
-            except RecursionError:
-                raise ValueError(f"{self.path}: cannot read {where}: too many brackets") from None
-            except ValueError as error:
-                if len(self.text) - self.at > self.LONGEST or not self.more():
-                    cut = error.pos + 20 > len(self.text) and not self.more()
-                    raise ValueError(f"{self.path}: cannot read {where}: {'the file ends there, is it truncated?' if cut else error.msg}") from None
-
-# %% ../nbs/15_metrics.ipynb #5d0314cf
-def _hands(reader: _JsonReader, label: str, points: int | None = None) -> Iterator[np.ndarray]:
-    "Yield the (P, 3) arrays of the list that starts here."
-    reader.take("[", label)
-    count, separator = 0, ","
-    if reader.peek() == "]":
-        separator = reader.take("]", label)
-    while separator == ",":
-        where = f"{label}[{count}]"
-        hand = _as_points(reader.value(where))
-        if hand is None or (points and len(hand) != points):
-            found = "something else" if hand is None else f"{len(hand)} × 3"
-            raise ValueError(f"{reader.path}: {where} must be {points or 'P'} × 3 numbers, found {found}")
-        if not (np.abs(hand) < 1e9).all():  # a metre count whose square still fits; False for NaN
-            raise ValueError(f"{reader.path}: {where} holds NaN, infinity or a number beyond 1e9")
-        points, count = len(hand), count + 1
-        yield hand
-        separator = reader.take(",]", f"the end of {where}")
-
-# %% ../nbs/15_metrics.ipynb #ef02b326
-def _as_points(value: object) -> np.ndarray | None:
-    "A (P, 3) array of a decoded JSON value, None if it is anything else."
-    try:
-        x = np.asarray(value)
-    except ValueError:  # lists of different lengths
-        return None
-    return x if x.dtype == np.float64 and x.ndim == 2 and x.shape[1] == 3 and len(x) else None
-
 # %% ../nbs/15_metrics.ipynb #c809d95a
 def _radius(x: np.ndarray) -> float:
     "Median over hands of the root mean square distance from the centroid."
@@ -525,15 +420,15 @@ def _require_count(path: Path, label: str, found: int, expected: int) -> None:
 def _blocks_of_files(xyz_path: Path, verts_path: Path, pred_path: Path, size: int = 256) -> Iterator[tuple[np.ndarray, ...]]:
     "Yield (gt_xyz, gt_verts, pred_xyz, pred_verts), `size` hands at a time: joints are read first, vertices of both sides step by step."
     gt_xyz, N = _joints_of(xyz_path)
-    with _JsonReader(pred_path) as pred_file:
+    with JsonReader(pred_path) as pred_file:
         pred_file.take("[", "the start")
-        pred_xyz = list(_hands(pred_file, "xyz", 21))
+        pred_xyz = list(points_of_hands(pred_file, "xyz", 21))
         _require_count(pred_path, "xyz", len(pred_xyz), N)
         if not _has_meshes(pred_file):
             for i in range(0, N, size): yield np.stack(gt_xyz[i:i + size]), None, np.stack(pred_xyz[i:i + size]), None
             return
-        with _JsonReader(verts_path) as verts_file:
-            true, guessed = _hands(verts_file, "verts"), _hands(pred_file, "verts")
+        with JsonReader(verts_path) as verts_file:
+            true, guessed = points_of_hands(verts_file, "verts"), points_of_hands(pred_file, "verts")
             for i in range(0, N, size):
                 j = min(i + size, N)
                 gt_verts, pred_verts = _next_hands(true, i, j, N, verts_path), _next_hands(guessed, i, j, N, pred_path)
@@ -546,12 +441,12 @@ def _blocks_of_files(xyz_path: Path, verts_path: Path, pred_path: Path, size: in
 
 def _joints_of(path: Path) -> tuple[list[np.ndarray], int]:
     "The true joints, and how many hands that is."
-    with _JsonReader(path) as file: hands = list(_hands(file, "xyz", 21))
+    with JsonReader(path) as file: hands = list(points_of_hands(file, "xyz", 21))
     if not hands: raise ValueError(f"{path}: holds no hands")
     return hands, len(hands)
 
 
-def _has_meshes(file: _JsonReader) -> bool:
+def _has_meshes(file: JsonReader) -> bool:
     "Whether a list of meshes follows the joints: not at their end, nor as an empty list, null, or a list of nulls or empty lists."
     if file.take(",]", "the end of xyz") == "]": return bool(file.take("", "the end"))
     if file.peek() == "[":

@@ -27,13 +27,13 @@ from tqdm import tqdm
 from .camera import project, unproject
 from .conventions import Observation, Truth
 from .datasets import HandData, HandSample, mano_mesh, open_data
-from .feeding import Chosen, Crops, pack_rows, with_joints, _stamp as files_stamp
+from .feeding import Chosen, Crops, pack_rows, with_joints, files_stamp
 from .fit import HandState
 from .keypoint_branch import KeypointBranch, KeypointEstimate, consistency_loss, keypoint_loss, sigma_confidence
 from .losses import (
     bone_orientation_loss, joint_limit_loss, joint_location_loss, photometric_confidence, pixel_loss, scale_regularizer, shape_regularizer, ssim_loss, texture_regularizer)
 from .mano import HandMesh, HandModel, transform_mesh
-from .mano_files import _cache_folder as cache_folder
+from .mano_files import cache_folder
 from .networks import Appearance, Backbone, HandCode, HandEncoder, begin_as, make_backbone
 from .point_features import PointFeatures
 from .proxy_hand import proxy_hand

@@ -30,7 +30,7 @@ from .camera import project
 from .conventions import Observation
 from .files import atomic_path, write_npz
 from .mano import HandModel, mirror_arrays, mirror_rotation
-from .mano_files import _cache_folder as cache_folder
+from .mano_files import cache_folder
 from .render import vertex_normals
 from .reconstruct import (
     Hand2D, Hand3D, Source, ask, axis_angle_hand, crop_observation, guess_intrinsics, guessed, read_frames, stack, upright_roll)
