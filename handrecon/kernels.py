@@ -190,9 +190,10 @@ def exact(function: Callable) -> Callable:
     def in_full(*arguments, **named):
         for a in (*arguments, *named.values()):
             if isinstance(a, Tensor):
-                if a.dtype in _HALVES or torch.is_autocast_enabled(a.device.type): break
+                if a.dtype in _HALVES: break
             elif isinstance(a, tuple) and any(isinstance(t, Tensor) and t.dtype in _HALVES for t in a): break
-        else: return function(*arguments, **named)
+        else:
+            if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")): return function(*arguments, **named)
         full, kinds = [_full(a) for a in arguments], {t.device.type for t in (*arguments, *named.values()) if isinstance(t, Tensor)}
         with ExitStack() as stack:
             for kind in kinds:
