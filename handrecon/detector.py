@@ -173,7 +173,7 @@ class HandFinder:
             else: answer = self.landmarker.detect(image)
         return read_answer(answer, *picture.shape[:2], name)
 
-    def _next(self, seconds: float) -> int:
+    def _next(self, seconds: float | int) -> int:
         "Milliseconds that grow strictly, whatever the film's clock says."
         self.last = max(self.last + 1, round(seconds * 1000))
         return self.last
