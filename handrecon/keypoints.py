@@ -13,6 +13,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -470,66 +471,6 @@ def simulate_detections(
     return seen * found[..., None], confidence * found
 
 # %% ../nbs/12_keypoints.ipynb #56d4f7b2
-def mediapipe_detections(
-    images: Float[Tensor, "B 3 H W"],    # RGB in [0, 1]
-    names: list[str] | None = None,      # default "0", "1", …
-    max_hands: int = 2,
-    min_score: float = 0.5,
-    model: str | Path | None = None,     # hand_landmarker.task; needed by the package's new generation only
-) -> Detections:                         # a row per hand, best first; one row of zeros for a picture without
-    "Detect hands with MediaPipe Hands. Raises ModuleNotFoundError with the command that installs it, ValueError where its model is missing."
-    names = names or [str(i) for i in range(len(images))]
-    open_detector, read = _mediapipe_generation(max_hands, min_score, model)
-    with open_detector() as detector:
-        found = [read(detector, np.ascontiguousarray(_uint8(image))) for image in images]
-    size = torch.tensor(images.shape[:1:-1], dtype=torch.float32)               # width, height
-    rows = [(name, *hand) for name, picture in zip(names, found) for hand in sorted(picture, key=lambda hand: -hand[1]) or [_NO_HAND]]
-    name, xy, score, side = zip(*rows)
-    confidence = torch.tensor(score)[:, None].expand(-1, len(JOINT_NAMES))
-    return Detections(list(name), torch.tensor(xy) * size, confidence, list(side))
-
-# %% ../nbs/12_keypoints.ipynb #0138cca3
-_NO_HAND = ([(0.0, 0.0)] * len(JOINT_NAMES), 0.0, "")
-
-# %% ../nbs/12_keypoints.ipynb #352cf529
-def _uint8(image: Float[Tensor, "3 H W"]) -> np.ndarray:  # (H, W, 3) uint8
-    "One picture as the array that other libraries want."
-    return (image.permute(1, 2, 0) * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
-
-# %% ../nbs/12_keypoints.ipynb #66d56516
-def _with_solutions(solution, max_hands: int, min_score: float):
-    "Old generation: how to open the detector, and how to read (fractions, score, side) of each hand from its answer."
-    def read(detector, image):
-        answer = detector.process(image)
-        points = [[(p.x, p.y) for p in hand.landmark] for hand in answer.multi_hand_landmarks or []]
-        labels = [hand.classification[0] for hand in answer.multi_handedness or []]
-        return [(xy, label.score, {"Left": "right", "Right": "left"}[label.label]) for xy, label in zip(points, labels)]  # it thinks of a mirror
-    return lambda: solution(static_image_mode=True, max_num_hands=max_hands, min_detection_confidence=min_score), read
-
-# %% ../nbs/12_keypoints.ipynb #0da654b7
-def _with_tasks(mediapipe, vision, base_options, max_hands: int, min_score: float, model: str | Path | None):
-    "New generation: the same two functions."
-    if model is None or not Path(model).is_file():
-        raise ValueError(f"MediaPipe {mediapipe.__version__} comes without its model: expected the path of hand_landmarker.task, found {model}")
-    options = vision.HandLandmarkerOptions(base_options=base_options(model_asset_path=str(model)), num_hands=max_hands,
-                                           min_hand_detection_confidence=min_score)
-    def read(detector, image):
-        answer = detector.detect(mediapipe.Image(image_format=mediapipe.ImageFormat.SRGB, data=image))
-        points = [[(p.x, p.y) for p in hand] for hand in answer.hand_landmarks]
-        return [(xy, label[0].score, label[0].category_name.lower()) for xy, label in zip(points, answer.handedness)]
-    return lambda: vision.HandLandmarker.create_from_options(options), read
-
-# %% ../nbs/12_keypoints.ipynb #f37dc4db
-def _mediapipe_generation(max_hands: int, min_score: float, model: str | Path | None):
-    "The two functions of whichever generation is installed."
-    try:
-        from mediapipe.python.solutions.hands import Hands
-        return _with_solutions(Hands, max_hands, min_score)
-    except ImportError:
-        pass
-    try:
-        import mediapipe
-        from mediapipe.tasks.python import BaseOptions, vision
-    except ImportError:
-        raise ModuleNotFoundError("MediaPipe is not installed; run: pip install 'handrecon[detect]' (or pass detections made elsewhere)") from None
-    return _with_tasks(mediapipe, vision, BaseOptions, max_hands, min_score, model)
+def mediapipe_detections(*arguments, **options) -> Detections:
+    "Deprecated: call `handrecon.detector.find_hands`."
+    return import_module("handrecon.detector").mediapipe_detections(*arguments, **options)   # by name: a lesson imports no later one

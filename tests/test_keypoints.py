@@ -3,7 +3,6 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from handrecon.keypoints import (FAINTEST_HAND, Detections, DetectorNoise, check_pixels, finger_crowding, mediapipe_detections, read_detections, read_openpose,
+from handrecon.keypoints import (FAINTEST_HAND, Detections, DetectorNoise, check_pixels, finger_crowding, read_detections, read_openpose,
                                  read_s2hand_detections, simulate_detections, write_openpose, write_s2hand_detections)
 
 FORMATS = Path(__file__).parent / "goldens" / "formats"
@@ -353,78 +352,3 @@ def test_confidence_falls_with_error():
 def test_same_seed_same_detections():
     a, b, c = simulate(DetectorNoise(), seed=1), simulate(DetectorNoise(), seed=1), simulate(DetectorNoise(), seed=2)
     assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) and not torch.equal(a[0], c[0])
-
-
-# mediapipe ---------------------------------------------------------------------------------------
-
-def test_mediapipe_absent(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "mediapipe", None)
-    with pytest.raises(ModuleNotFoundError, match=r"handrecon\[detect\]"):
-        mediapipe_detections(torch.zeros(1, 3, 8, 8))
-
-
-PICTURES = torch.rand(2, 3, 20, 40)
-
-
-def stand_in(monkeypatch, **modules):
-    for name, module in modules.items():
-        monkeypatch.setitem(__import__("sys").modules, name.replace("__", "."), module)
-
-
-class Detector:
-    "The first picture shows two hands, the second none."
-    def __init__(self, answers): self.answers = list(answers)
-    def __enter__(self): return self
-    def __exit__(self, *_): pass
-
-    def __call__(self, image):
-        assert image.dtype == np.uint8 and image.shape == (20, 40, 3) and image.flags["C_CONTIGUOUS"]
-        return self.answers.pop(0)
-
-
-def points(x):
-    return [SimpleNamespace(x=x, y=0.5)] * 21
-
-
-def check_translation(found, sides):
-    assert found.names == ["a", "a", "b"] and found.side == [*sides, ""]
-    assert found.xy[0, 0].tolist() == [30, 10] and found.xy[1, 0].tolist() == [10, 10]   # best first
-    assert found.confidence[0, 0].item() == pytest.approx(0.9) and found.found.tolist() == [True, True, False]
-
-
-def test_mediapipe_solutions(monkeypatch):
-    side = lambda label, score: SimpleNamespace(classification=[SimpleNamespace(label=label, score=score)])
-    answers = [SimpleNamespace(multi_hand_landmarks=[SimpleNamespace(landmark=points(0.25)), SimpleNamespace(landmark=points(0.75))],
-                               multi_handedness=[side("Left", 0.6), side("Right", 0.9)]),
-               SimpleNamespace(multi_hand_landmarks=None, multi_handedness=None)]
-
-    class Hands(Detector):
-        def __init__(self, **options):
-            assert options["static_image_mode"]
-            super().__init__(answers)
-
-        def process(self, image): return self(image)
-
-    empty = SimpleNamespace()
-    stand_in(monkeypatch, mediapipe=empty, mediapipe__python=empty, mediapipe__python__solutions=empty,
-             mediapipe__python__solutions__hands=SimpleNamespace(Hands=Hands))
-    check_translation(mediapipe_detections(PICTURES, ["a", "b"]), ["left", "right"])    # the library thinks of a mirror
-
-
-def test_mediapipe_tasks(monkeypatch, tmp_path):
-    side = lambda label, score: [SimpleNamespace(category_name=label, score=score)]
-    answers = [SimpleNamespace(hand_landmarks=[points(0.25), points(0.75)], handedness=[side("Left", 0.6), side("Right", 0.9)]),
-               SimpleNamespace(hand_landmarks=[], handedness=[])]
-
-    class Landmarker(Detector):
-        def detect(self, image): return self(image)
-
-    vision = SimpleNamespace(HandLandmarkerOptions=lambda **options: options,
-                             HandLandmarker=SimpleNamespace(create_from_options=lambda options: Landmarker(answers)))
-    library = SimpleNamespace(__version__="1.2.2", Image=lambda image_format, data: data, ImageFormat=SimpleNamespace(SRGB=1))
-    stand_in(monkeypatch, mediapipe=library, mediapipe__python=None, mediapipe__tasks=SimpleNamespace(),
-             mediapipe__tasks__python=SimpleNamespace(BaseOptions=lambda model_asset_path: model_asset_path, vision=vision))
-    with pytest.raises(ValueError, match="1.2.2 comes without its model: expected the path of hand_landmarker.task, found None"):
-        mediapipe_detections(PICTURES)
-    (tmp_path / "hand_landmarker.task").touch()
-    check_translation(mediapipe_detections(PICTURES, ["a", "b"], model=tmp_path / "hand_landmarker.task"), ["right", "left"])
