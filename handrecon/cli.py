@@ -25,7 +25,7 @@ from . import __version__
 app = typer.Typer(
     name="handrecon", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
     help="Learn and reproduce self-supervised 3D hand reconstruction.")
-LAYOUTS = ("freihand", "ho3d", "stb", "rhd", "interhand", "yt3d")
+LAYOUTS = ("freihand", "ho3d", "stb", "rhd", "interhand", "yt3d", "coco-hands")
 _state = {"debug": False}
 
 # %% ../nbs/50_cli.ipynb #0515392c
@@ -165,7 +165,7 @@ def reconstruct(
 def synth(
     n: Annotated[int, typer.Option("--n", min=1, help="How many hands.")],
     out: Annotated[Path, typer.Option(help="Folder to make; call again with the same options to go on after an interruption.")],
-    layout: Annotated[str, typer.Option(help="freihand, ho3d, stb, rhd, interhand or yt3d.")] = "freihand",
+    layout: Annotated[str, typer.Option(help="freihand, ho3d, stb, rhd, interhand, yt3d or coco-hands.")] = "freihand",
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same files.")] = 0,
 ) -> None:
     "Write synthetic hands in a data set's layout."
@@ -197,7 +197,7 @@ def check_mano(
 @app.command("check-data")
 @guarded
 def check_data(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="freihand, ho3d, stb, rhd, interhand or yt3d.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="freihand, ho3d, stb, rhd, interhand, yt3d or coco-hands.")],
     root: Annotated[Path, typer.Argument(metavar="ROOT", help="The data set's folder.")],
     sheet: Annotated[Path | None, typer.Option(metavar="PNG", help="Also draw some pictures with their key points.")] = None,
 ) -> None:

@@ -382,7 +382,7 @@ def _suspect_mirror(gt_xyz: np.ndarray, pred_xyz: np.ndarray) -> str | None:
     "Hands that fit well only after a reflection, which the official alignment allows."
     either, proper = (100 * pa_mpjpe(pred_xyz, gt_xyz, reflection) for reflection in (True, False))
     if proper < 1.5 * either or proper - either < 0.3: return None
-    return f"the predicted hands are mirror images: aligned by rotations alone their error is {proper:.2f} cm, with the reflections that the official alignment allows {either:.2f} cm; left hands for right ones, or an axis turned round?"
+    return f"the predicted hands are mirror images: aligned by rotations alone their error is {proper:.2f} cm, with the reflections that the evaluator allows {either:.2f} cm; left hands for right ones, or an axis turned round?"
 
 # %% ../nbs/15_metrics.ipynb #cee5580a
 def suspicions(

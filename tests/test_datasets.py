@@ -19,7 +19,7 @@ from mano_fixtures import Python2Pickler, fresh, py2_array
 from handrecon import datasets, formats
 from handrecon.camera import project
 from handrecon.conventions import OPENGL_TO_OPENCV, STB_TO_FREIHAND
-from handrecon.datasets import (DATASETS, FREIHAND_VERSIONS, HO3D, RHD, STB, FreiHAND, InterHand, OwnPictures, YouTube3D, check_data, mano_mesh, open_data,
+from handrecon.datasets import (DATASETS, FREIHAND_VERSIONS, HO3D, RHD, STB, CocoHands, FreiHAND, InterHand, OwnPictures, YouTube3D, check_data, mano_mesh, open_data,
                                 palm_to_wrist, read_ho3d_meta, stb_depth_pose, suspicions)
 from handrecon.formats import DataError, decode, indexed, mat_bytes, read_annotations, read_json, read_mat, read_rgb, two_byte_depth
 from handrecon.keypoints import Detections, read_detections, write_s2hand_detections
@@ -44,7 +44,7 @@ def frei(tmp_path_factory):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     root = tmp_path_factory.mktemp("sets")
-    for name in ("ho3d", "stb", "rhd", "interhand", "yt3d"):
+    for name in ("ho3d", "stb", "rhd", "interhand", "yt3d", "coco-hands"):
         write_layout(name, root / name, 3, 2, SMALL, progress=False)
     return root
 
@@ -370,6 +370,73 @@ def test_interhand_says_what_is_missing(copy):
         InterHand(root, cache=False)
 
 
+# COCO's key points ----------------------------------------------------------------------------------
+
+def test_coco_wholebody_is_read_as_it_was_written(made):
+    tree = json.loads((made / "coco-hands/annotations/coco_wholebody_train_v1.0.json").read_text())
+    data = CocoHands(made / "coco-hands", cache=False)
+    assert [data.label(i).side for i in range(len(data))] == ["right", "left", "left", "right"] and data.order == "freihand"
+    x, person = data[3], tree["annotations"][2]
+    points = np.reshape(person["righthand_kpts"], (21, 3))
+    assert np.allclose(x.keypoints, points[:, :2]) and x.keypoints_valid.all() and x.visible.tolist() == (points[:, 2] == 2).tolist()
+    assert x.box.tolist() == pytest.approx([*person["righthand_box"][:2], *np.add(person["righthand_box"][:2], person["righthand_box"][2:])], abs=1e-3)
+    assert x.other == 2 and x.K is None and not x.joints_valid.any() and x.image.shape == (480, 640, 3)
+
+
+def hand_only(made, order="freihand"):
+    "The same hands as MMPose keeps OneHand10K, Panoptic or RHD: one annotation a hand, 21 points."
+    from handrecon.conventions import JOINT_ORDERS
+    tree = json.loads((made / "coco-hands/annotations/coco_wholebody_train_v1.0.json").read_text())
+    back, hands = np.argsort(JOINT_ORDERS[order]), []
+    for person in tree["annotations"]:
+        for side in ("left", "right"):
+            if person[f"{side}hand_valid"]:
+                points = np.reshape(person[f"{side}hand_kpts"], (21, 3))[back]
+                hands.append({"id": len(hands), "image_id": person["image_id"], "keypoints": points.ravel().tolist(), "bbox": person[f"{side}hand_box"], "iscrowd": 0})
+    return {"images": tree["images"], "annotations": hands, "categories": [{"id": 1, "name": "hand"}]}
+
+
+@pytest.mark.parametrize("name, order", [("onehand10k_train.json", "freihand"), ("panoptic_train.json", "freihand"), ("rhd_train.json", "rhd")])
+def test_hands_alone_in_each_order(made, tmp_path, name, order):
+    path = tmp_path / name
+    path.write_text(json.dumps(hand_only(made, order)), encoding="utf-8-sig")
+    data, whole = CocoHands(made / "coco-hands", annotations=path, cache=False), CocoHands(made / "coco-hands", cache=False)
+    assert data.order == order and len(data) == len(whole) and {data.label(i).side for i in range(len(data))} == {"right"}
+    for i in range(len(data)): assert torch.allclose(data.label(i).keypoints, whole.label(i).keypoints, atol=1e-4)
+    assert CocoHands(made / "coco-hands", annotations=path, side="left", cache=False).label(0).side == "left"
+    tree = hand_only(made, "rhd")
+    tree["categories"][0]["keypoints"] = ["wrist"] + [f"{f}{k}" for f in ("thumb", "index", "middle", "ring", "little") for k in (4, 3, 2, 1)]
+    (tmp_path / "other.json").write_text(json.dumps(tree))
+    assert CocoHands(made / "coco-hands", annotations=tmp_path / "other.json", cache=False).order == "rhd"        # the points' names decide
+
+
+@pytest.mark.parametrize("points, at", [(133, {"left": 91, "right": 112}), (136, {"left": 94, "right": 115})])
+def test_whole_bodies_of_points(made, tmp_path, points, at):
+    tree = json.loads((made / "coco-hands/annotations/coco_wholebody_train_v1.0.json").read_text())
+    for person in tree["annotations"]:
+        body = np.zeros((points, 3))
+        for side, first in at.items(): body[first:first + 21] = np.reshape(person.pop(f"{side}hand_kpts"), (21, 3))
+        person["keypoints"] = body.ravel().tolist()
+        for key in [k for k in person if "hand" in k]: del person[key]
+    (tmp_path / "halpe_train_v1.json").write_text(json.dumps(tree))
+    data, whole = CocoHands(made / "coco-hands", annotations=tmp_path / "halpe_train_v1.json", cache=False), CocoHands(made / "coco-hands", cache=False)
+    for i in range(len(whole)): assert torch.allclose(data.label(i).keypoints, whole.label(i).keypoints) and data.label(i).side == whole.label(i).side
+
+
+def test_coco_cache_check_and_errors(copy, tmp_path):
+    root = copy("coco-hands")
+    for _ in range(2): assert len(CocoHands(root, cache=tmp_path / "cache")) == 4
+    report = check_data("coco-hands", root, cache=False)
+    assert report.problems == () and report.lines[0].startswith("train: 3 pictures, 4 hands") and any(line.startswith("val") for line in report.lines)
+    (root / "annotations/second_train.json").write_text("{}")
+    with pytest.raises(DataError, match="expected one annotation file of train here or in annotations/, found coco_wholebody_train_v1.0.json, second_train.json"):
+        CocoHands(root)
+    for text in ("{}", "[]", '{"images": 3, "annotations": []}', '{"images": [{"id": 1, "file_name": "a"}], "annotations": [{"image_id": 1, "keypoints": "x"}]}',
+                 '{"images": [], "annotations": [{"image_id": 3, "lefthand_kpts": [1, 2]}]}'):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(DataError, match="bad.json"): CocoHands(root, annotations=tmp_path / "bad.json", cache=False)
+
+
 # YouTube, own pictures ------------------------------------------------------------------------------
 
 def test_youtube_left_and_right_and_image_axes(made):
@@ -444,7 +511,7 @@ def test_every_sample_is_one_kind_of_sample(frei, made):
 
 
 def test_open_data_knows_the_names(frei):
-    assert isinstance(open_data("freihand", frei), FreiHAND) and set(DATASETS) == {"freihand", "ho3d", "stb", "rhd", "interhand", "yt3d", "own"}
+    assert isinstance(open_data("freihand", frei), FreiHAND) and set(DATASETS) == {"freihand", "ho3d", "stb", "rhd", "interhand", "yt3d", "coco-hands", "own"}
     with pytest.raises(DataError, match="no data set is called 'FreiHand': expected one of freihand"):
         open_data("FreiHand", frei)
 
@@ -491,7 +558,7 @@ def test_cached_and_uncached_agree(made, tmp_path):
 # check_data -----------------------------------------------------------------------------------------
 
 def test_check_data_of_whole_sets(frei, made, tmp_path):
-    for name, root in (("freihand", frei), *((n, made / n) for n in ("ho3d", "stb", "rhd", "interhand", "yt3d"))):
+    for name, root in (("freihand", frei), *((n, made / n) for n in ("ho3d", "stb", "rhd", "interhand", "yt3d", "coco-hands"))):
         report = check_data(name, root, sheet=tmp_path / f"{name}.png", cache=False)
         assert report.problems == () and len(report.lines) >= 2, (name, report.problems)
         assert read_rgb(tmp_path / f"{name}.png").shape[1] > 200
