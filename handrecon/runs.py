@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SYSTEMS', 'PARAMETERS', 'KERNEL', 'RunError', 'settings', 'find_setting', 'parse_value', 'override', 'config_hash',
            'digest', 'code_version', 'run_notebook', 'resolve', 'check_dataset', 'packaged_weights', 'describe',
-           'claim_folder', 'begin_run', 'library_versions', 'own_kernel', 'check_code', 'results', 'finished',
+           'claim_folder', 'begin_run', 'library_versions', 'own_kernel', 'plain', 'check_code', 'results', 'finished',
            'reproduce']
 
 # %% ../nbs/30_runs.ipynb #2aaa5536
@@ -210,6 +210,16 @@ def own_kernel() -> Iterator[str]:
             if before is None: del os.environ["JUPYTER_PATH"]
             else: os.environ["JUPYTER_PATH"] = before
 
+# %% ../nbs/30_runs.ipynb #c873f56d
+def plain(value: Any) -> Any:
+    "A value in JSON's kinds: tuples as lists, NumPy numbers and arrays as Python's, paths as text; RunError for anything else."
+    if isinstance(value, dict): return {str(name): plain(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)): return [plain(part) for part in value]
+    if isinstance(value, Path): return str(value)
+    if isinstance(value, (str, int, float)) and type(value).__module__ == "builtins" or value is None: return value
+    if hasattr(value, "tolist"): return value.tolist()
+    raise RunError(f"a setting cannot be a {type(value).__name__}: expected numbers, text, None or lists of them, found {value!r}")
+
 # %% ../nbs/30_runs.ipynb #4cd99634
 def _execute(notebook: Path, out: Path, parameters: dict[str, Any]) -> None:
     "Run the notebook in a fresh kernel; what it draws ends in report.ipynb, also when it stops half way."
@@ -286,7 +296,7 @@ def reproduce(
     if resume and (record := finished(out, config, str(data_root or ""))):
         print(f"{out}: finished before, by the same settings and code; nothing to do")
         return record
-    parameters = dict(profile=profile, dataset=dataset, data_root=str(data_root or ""), overrides=overrides or {}, out=str(out), seed=seed, resume=resume)
+    parameters = dict(profile=profile, dataset=dataset, data_root=str(data_root or ""), overrides=plain(overrides or {}), out=str(out), seed=seed, resume=resume)
     began, code = time.time(), code_version()
     for name in ("record.json", "code.json"): (out / name).unlink(missing_ok=True)   # a record always belongs to the results beside it
     _execute(run_notebook(system), out, parameters)

@@ -256,8 +256,16 @@ def test_every_setting_arrives_as_it_left(system):
     for profile, recipe in importlib.import_module(f"handrecon.{system}").RECIPES.items():
         sent = settings(recipe)
         namespace = {}
-        exec(PythonTranslator.codify({"overrides": sent}), namespace)
+        exec(PythonTranslator.codify({"overrides": runs.plain(sent)}), namespace)
         for changes in (json.loads(json.dumps(sent)), namespace["overrides"]):
             arrived = override(recipe, changes)
             assert arrived == recipe, profile
             assert {name: type(value) for name, value in settings(arrived).items()} == {name: type(value) for name, value in sent.items()}, profile
+
+
+def test_numbers_of_numpy_and_paths_are_made_plain():
+    import numpy as np
+    sent = {"a": np.float32(0.5), "b": (np.int64(3), Path("x")), "c": np.array([True]), "d": np.float64(0.25)}
+    arrived = runs.plain(sent)
+    assert arrived == {"a": 0.5, "b": [3, "x"], "c": [True], "d": 0.25} and type(arrived["d"]) is float
+    with pytest.raises(RunError, match="cannot be a object"): runs.plain({"a": object()})
