@@ -145,6 +145,7 @@ def test_smoke_run_leaves_everything(smoke):
         assert (out / name).stat().st_size > 100, name
     assert list((out / "figures").glob("*.png"))
     assert record == json.loads((out / "record.json").read_text())
+    assert set(record) >= {"code", "torch", "numba", "python"} and record["code"] == json.loads((out / "code.json").read_text())["code"]
     assert record["seed"] == 3 and record["version"] == handrecon.__version__ and record["seconds"] < 120
     for who in ("self-supervised", "supervised", "mean pose"):
         assert 0 < record["metrics"][who]["PA-MPJPE"] < 100
@@ -210,7 +211,61 @@ def test_a_process_that_dies_is_one_sentence(tmp_path, monkeypatch):
     assert "\n" not in str(problem.value) and not (tmp_path / "run/record.json").exists()
 
 
+def test_another_kernel_of_the_same_name_does_not_shadow(tmp_path, monkeypatch):
+    spec = tmp_path / "kernels/python3"
+    spec.mkdir(parents=True)
+    (spec / "kernel.json").write_text(json.dumps({"argv": ["/bin/false", "{connection_file}"], "display_name": "x", "language": "python"}))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    cell = nbformat.v4.new_code_cell("import sys, pathlib, handrecon\npathlib.Path(out, 'who.txt').write_text(sys.executable + '\\n' + handrecon.__file__)")
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("out = ''", metadata={"tags": ["parameters"]}), cell])
+    notebook.metadata["kernelspec"] = {"display_name": "python3", "language": "python", "name": "python3"}
+    nbformat.write(notebook, tmp_path / "who.ipynb")
+    runs._execute(tmp_path / "who.ipynb", tmp_path, {"out": str(tmp_path)})
+    assert (tmp_path / "who.txt").read_text().splitlines() == [sys.executable, handrecon.__file__]
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"datset": "freihand"}, "no parameter is called 'datset': did you mean 'dataset'?"), ({"dataset": "freihnad"}, "did you mean 'freihand'?"), ({"profile": "smoek"}, "did you mean 'smoke'?")])
+@pytest.mark.parametrize("system", runs.SYSTEMS[:1])
+def test_papermill_alone_refuses_wrong_parameters(tmp_path, system, change, words):
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+    with runs.own_kernel() as kernel, pytest.raises(PapermillExecutionError) as problem:
+        papermill.execute_notebook(run_notebook(system), tmp_path / "report.ipynb", {"out": str(tmp_path / "run")} | change, kernel_name=kernel, progress_bar=False)
+    assert words in problem.value.evalue and not (tmp_path / "run").exists()
+
+
+def test_a_record_of_other_code_is_refused(tmp_path):
+    (tmp_path / "code.json").write_text(json.dumps({"code": "other", "version": "9"}))
+    with pytest.raises(RunError, match="ran other code than it was begun by.*found other") as problem: runs.check_code(tmp_path, runs.code_version())
+    assert str(tmp_path) in str(problem.value) and "\n" not in str(problem.value)
+
+
 def test_failure_in_the_notebook_is_one_sentence(tmp_path):
     with pytest.raises(RunError, match="no folder") as problem:
         reproduce("s2hand", "smoke", dataset="freihand", data_root=tmp_path / "absent", out=tmp_path / "run")
     assert "\n" not in str(problem.value)
+
+
+@pytest.mark.parametrize("system", runs.SYSTEMS)
+def test_every_setting_arrives_as_it_left(system):
+    "Through JSON and through papermill's parameters cell, for every field of every profile: same value, same type."
+    import importlib
+
+    from papermill.translators import PythonTranslator
+    for profile, recipe in importlib.import_module(f"handrecon.{system}").RECIPES.items():
+        sent = settings(recipe)
+        namespace = {}
+        exec(PythonTranslator.codify({"overrides": runs.plain(sent)}), namespace)
+        for changes in (json.loads(json.dumps(sent)), namespace["overrides"]):
+            arrived = override(recipe, changes)
+            assert arrived == recipe, profile
+            assert {name: type(value) for name, value in settings(arrived).items()} == {name: type(value) for name, value in sent.items()}, profile
+
+
+def test_numbers_of_numpy_and_paths_are_made_plain():
+    import numpy as np
+    sent = {"a": np.float32(0.5), "b": (np.int64(3), Path("x")), "c": np.array([True]), "d": np.float64(0.25)}
+    arrived = runs.plain(sent)
+    assert arrived == {"a": 0.5, "b": [3, "x"], "c": [True], "d": 0.25} and type(arrived["d"]) is float
+    with pytest.raises(RunError, match="cannot be a object"): runs.plain({"a": object()})
