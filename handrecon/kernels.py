@@ -26,6 +26,7 @@ from torch._C._functorch import is_legacy_batchedtensor
 # %% ../nbs/00c_kernels.ipynb #0c80c93c
 def compiled(function: Callable, **options) -> Callable:
     "Compile with Numba; keep the machine code on disk where some folder is writable."
+    import numba                         # here: who needs no kernel need not wait for it
     options = dict(nogil=True, error_model="numpy") | options
     function = unwrap(function)          # whatever checks arguments in Python has no place in machine code
     try: return numba.njit(cache=True, **options)(function)
