@@ -17,7 +17,6 @@ from importlib.util import find_spec
 from inspect import unwrap
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
