@@ -162,7 +162,7 @@ def test_command(folder, monkeypatch):
     for line, words in (((str(folder), "--format", "yolo"), "format: expected one of openpose, s2hand, coco"), ((str(folder / "no"),), "no such file or folder")):
         got = CliRunner().invoke(app, ["detect", *line, "--out", str(out)])
         assert got.exit_code == 2 and words in got.output and len(got.output.strip().splitlines()) == 1 and not out.exists()
-    monkeypatch.setitem(sys.modules, "mediapipe", None)
+    for module in ("mediapipe", "mediapipe.tasks.python.vision"): monkeypatch.setitem(sys.modules, module, None)
     got = CliRunner().invoke(app, ["detect", str(folder), "--out", str(out)])
     assert got.exit_code == 2 and "pip install 'handrecon[detect]'" in got.output and len(got.output.strip().splitlines()) == 1 and not out.exists()
 

@@ -2,6 +2,7 @@
 import hashlib
 import importlib.util
 import os
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -135,7 +136,7 @@ def test_finder_refuses_what_is_no_picture(picture):
 
 
 def test_without_mediapipe_the_command_is_named(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "mediapipe", None)
+    for module in ("mediapipe", "mediapipe.tasks.python.vision"): monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'handrecon\[detect\]'"): find_hands(np.zeros((8, 8, 3), np.uint8), max_hands=3)
 
 
