@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['FARTHEST_HAND', 'RECIPES', 'DATASETS', 'HELD_OUT_SEED', 'BinocularConfig', 'MeshPixels', 'spread_points',
            'interpolation_weights', 'MeshRegressor', 'joints_of', 'shape_from_relief', 'mesh_from_relief',
-           'Reconstruction', 'aside', 'reconstruct_pair', 'TransferBatch', 'loss_terms', 'PriorTargets',
-           'prior_targets', 'heat_map_loss', 'prior_terms', 'PriorBatches', 'own_edges', 'prepare_transfer', 'predict',
-           'Pairs', 'Recipe', 'Prior', 'learn_prior', 'synthetic_pairs', 'stb_pairs', 'load_pairs', 'transfer', 'save',
-           'load', 'FittedHand', 'fit_hand', 'find_in_right', 'reconstruct_files']
+           'Reconstruction', 'right_camera_at', 'reconstruct_pair', 'TransferBatch', 'Branch', 'render_branches',
+           'branch_terms', 'loss_terms', 'PriorTargets', 'prior_targets', 'heat_map_loss', 'prior_terms',
+           'PriorBatches', 'pseudo_edge_lengths', 'prepare_transfer', 'predict', 'Pairs', 'Recipe', 'Prior',
+           'learn_prior', 'synthetic_pairs', 'prior_boxes', 'stb_pairs', 'load_pairs', 'transfer', 'save', 'load',
+           'FittedHand', 'rigid_place', 'fit_hand', 'find_in_right', 'reconstruct_files']
 
 # %% ../nbs/22_binocular.ipynb #54960770
 import hashlib
@@ -35,7 +36,7 @@ from .files import atomic_path
 from .mano import HandMesh, HandModel
 from .networks import make_backbone
 from .proxy_hand import posture, proxy_hand, sample_poses, sample_shapes
-from .render import render
+from .render import Rendering, render
 from .rotation import matrix_to_axis_angle, matrix_to_rotation_6d, rotation_6d_to_matrix
 from .s2hand import lend_backbone
 from .stereo import (
@@ -177,7 +178,7 @@ class Reconstruction(NamedTuple):
         return (self.left + self.right) / 2
 
 # %% ../nbs/22_binocular.ipynb #9e6b33ba
-def aside(baseline: Float[Tensor, " B"]) -> Float[Tensor, "B 1 3"]:
+def right_camera_at(baseline: Float[Tensor, " B"]) -> Float[Tensor, "B 1 3"]:
     "Where the right camera stands, in the axes of the left one."
     return F.pad(baseline[:, None, None], (0, 2))
 
@@ -189,9 +190,9 @@ def reconstruct_pair(model: MeshRegressor, crops: StereoCrops, variant: str | No
     l, r = MeshPixels(*(x[:n] for x in both)), MeshPixels(*(x[n:] for x in both))
     if (variant or model.config.variant) == "monocular":
         left = mesh_from_relief(l, crops.K_left, model.edges)
-        return Reconstruction(left, mesh_from_relief(r, crops.K_right, model.edges) + aside(crops.baseline), l, r)
+        return Reconstruction(left, mesh_from_relief(r, crops.K_right, model.edges) + right_camera_at(crops.baseline), l, r)
     z = disparity_to_depth(l.uv[..., 0] - r.uv[..., 0], crops.focal, crops.baseline, crops.shift, farthest=FARTHEST_HAND)      # Eq. 1
-    return Reconstruction(unproject(l.uv, z, crops.K_left), unproject(r.uv, z, crops.K_right) + aside(crops.baseline), l, r)
+    return Reconstruction(unproject(l.uv, z, crops.K_left), unproject(r.uv, z, crops.K_right) + right_camera_at(crops.baseline), l, r)
 
 # %% ../nbs/22_binocular.ipynb #668daa90
 @dataclass(frozen=True)
@@ -203,35 +204,54 @@ class TransferBatch:
     edges_left: Float[Tensor, "B E"]       # of the pre-trained network's own mesh, metres
     edges_right: Float[Tensor, "B E"]
 
+# %% ../nbs/22_binocular.ipynb #4b15e9da
+class Branch(NamedTuple):
+    "One of the two views: what it shows, what its mesh looks like there, and what the opposite camera can see."
+    sign: int                              # of its disparity: 1 left, −1 right
+    own: Rendering                         # its mesh in its crop
+    opposite_depth: Float[Tensor, "B S S"]  # metres; what is farther is hidden from the opposite camera
+    image: Float[Tensor, "B 3 S S"]
+    opposite: Float[Tensor, "B 3 S S"]
+    mask: Float[Tensor, "B S S"]
+    vertices: Float[Tensor, "B V 3"]       # axes of the left camera, metres
+    edges: Float[Tensor, "B E"]            # pseudo-labels, metres
+
+# %% ../nbs/22_binocular.ipynb #d62f9140
+def render_branches(out: Reconstruction, batch: TransferBatch, model: MeshRegressor) -> dict[str, Branch]:
+    "Both branches, each mesh rendered in its own crop."
+    crops, S, right_camera = batch.crops, batch.crops.left.shape[-1], right_camera_at(batch.crops.baseline)
+    draw = lambda vertices, K: render(vertices, model.hand.faces, K, (S, S), torch.zeros_like(vertices))
+    l, r = draw(out.left, crops.K_left), draw(out.right - right_camera, crops.K_right)
+    across, back = r.depth, l.depth                                           # what the opposite camera sees, to tell what is hidden from it
+    if model.config.weights.photo and model.config.variant == "monocular":    # two distances: each branch tells by its own mesh; by the other's, nearly all would be hidden
+        with torch.no_grad(): across, back = draw(out.left - right_camera, crops.K_right).depth, draw(out.right, crops.K_left).depth
+    return {"left": Branch(1, l, across, crops.left, crops.right, batch.mask_left, out.left, batch.edges_left),
+            "right": Branch(-1, r, back, crops.right, crops.left, batch.mask_right, out.right, batch.edges_right)}
+
+# %% ../nbs/22_binocular.ipynb #1c40274b
+def branch_terms(branch: Branch, crops: StereoCrops, model: MeshRegressor) -> dict[str, Tensor]:
+    "Weighted terms that each branch has for itself (Eq. 2 to 7); a weight of zero leaves its term out."
+    w, config, own, terms = model.config.weights, model.config, branch.own, {}
+    if w.photo:
+        disparity = branch.sign * depth_to_disparity(own.depth, crops.focal, crops.baseline, crops.shift)      # Eq. 2
+        hidden = (own.depth > 0) & ~occlusion_mask(own.depth, branch.opposite_depth, disparity)
+        warped = warp(branch.opposite, disparity) * own.silhouette[:, None]
+        terms["photo"] = w.photo * photo_consistency(warped, branch.image, branch.mask * ~hidden, config.alpha).mean()
+    if w.edge: terms["edge"] = w.edge * edge_loss(branch.vertices / config.unit, branch.edges / config.unit, model.edges).mean()
+    if w.lap: terms["lap"] = w.lap * laplacian_loss(branch.vertices / config.unit, model.neighbours).mean()
+    if w.mask: terms["mask"] = w.mask * mask_loss(own.silhouette, branch.mask).mean()
+    return terms
+
 # %% ../nbs/22_binocular.ipynb #9a7cb56c
 def loss_terms(out: Reconstruction, batch: TransferBatch, model: MeshRegressor) -> dict[str, Tensor]:
     "Weighted terms of Eq. 10."
     if not isinstance(batch, TransferBatch):
         raise TypeError(f"left-right consistency takes a TransferBatch (pictures, cameras and what was computed from them), got {type(batch).__name__}")
-    w, config, faces, crops = model.config.weights, model.config, model.hand.faces, batch.crops
-    f, b, shift, S = crops.focal, crops.baseline, crops.shift, crops.left.shape[-1]
-    blank = torch.zeros_like(out.left)
-    l = render(out.left, faces, crops.K_left, (S, S), blank)
-    r = render(out.right - aside(b), faces, crops.K_right, (S, S), blank)
-    across, back = r.depth, l.depth                                           # what the opposite camera sees, to tell what is hidden from it
-    if w.photo and config.variant == "monocular":                             # two distances: what is hidden each branch tells by its own mesh; by the other's, nearly all would be
-        with torch.no_grad():
-            across = render(out.left - aside(b), faces, crops.K_right, (S, S), blank).depth
-            back = render(out.right, faces, crops.K_left, (S, S), blank).depth
-    terms = {}
-    sides = (("left", l, across, 1, crops.left, crops.right, batch.mask_left, out.left, batch.edges_left),
-             ("right", r, back, -1, crops.right, crops.left, batch.mask_right, out.right, batch.edges_right))
-    for side, own, opposite_depth, sign, image, opposite, mask, vertices, lengths in sides:
-        if w.photo:
-            disparity = sign * depth_to_disparity(own.depth, f, b, shift)                                # Eq. 2
-            hidden = (own.depth > 0) & ~occlusion_mask(own.depth, opposite_depth, disparity)
-            warped = warp(opposite, disparity) * own.silhouette[:, None]
-            terms[f"photo_{side}"] = w.photo * photo_consistency(warped, image, mask * ~hidden, config.alpha).mean()
-        if w.edge: terms[f"edge_{side}"] = w.edge * edge_loss(vertices / config.unit, lengths / config.unit, model.edges).mean()
-        if w.lap: terms[f"lap_{side}"] = w.lap * laplacian_loss(vertices / config.unit, model.neighbours).mean()
-        if w.mask: terms[f"mask_{side}"] = w.mask * mask_loss(own.silhouette, mask).mean()
+    w, config, terms = model.config.weights, model.config, {}
+    for side, branch in render_branches(out, batch, model).items():
+        terms |= {f"{name}_{side}": value for name, value in branch_terms(branch, batch.crops, model).items()}
     if w.chamfer: terms["chamfer"] = w.chamfer * chamfer_loss(out.left / config.unit, out.right / config.unit).mean()
-    if w.normal: terms["normal"] = w.normal * normal_loss(out.left, out.right, faces).mean()
+    if w.normal: terms["normal"] = w.normal * normal_loss(out.left, out.right, model.hand.faces).mean()
     return terms
 
 # %% ../nbs/22_binocular.ipynb #c8d27c17
@@ -293,7 +313,7 @@ class PriorBatches:
 
 # %% ../nbs/22_binocular.ipynb #d0efbfb0
 @torch.no_grad()
-def own_edges(model: MeshRegressor, crops: StereoCrops) -> tuple[Float[Tensor, "B E"], Float[Tensor, "B E"]]:  # left, right; metres
+def pseudo_edge_lengths(model: MeshRegressor, crops: StereoCrops) -> tuple[Float[Tensor, "B E"], Float[Tensor, "B E"]]:  # left, right; metres
     "Edge lengths of the meshes that the pre-trained network itself sees in each picture, as far away as the pair's mean disparity says."
     out = reconstruct_pair(model, crops, "monocular")
     l, r = out.seen_left, out.seen_right
@@ -305,7 +325,7 @@ def own_edges(model: MeshRegressor, crops: StereoCrops) -> tuple[Float[Tensor, "
 def prepare_transfer(model: MeshRegressor, crops: StereoCrops, batch_size: int = 64) -> TransferBatch:
     "Masks and pseudo-labels of pairs, from the pairs and the pre-trained network alone."
     model.eval()
-    parts = [own_edges(model, map_tensors(crops, lambda x, i=i: x[i:i + batch_size].float())) for i in range(0, len(crops.left), batch_size)]
+    parts = [pseudo_edge_lengths(model, map_tensors(crops, lambda x, i=i: x[i:i + batch_size].float())) for i in range(0, len(crops.left), batch_size)]
     return TransferBatch(crops, skin_mask(crops.left), skin_mask(crops.right), *(torch.cat(x) for x in zip(*parts)))
 
 # %% ../nbs/22_binocular.ipynb #f98da8ba
@@ -360,16 +380,20 @@ RECIPES = {
                   pixels=0.5),
     "paper": Recipe(prior=TrainConfig(steps=100000, schedule="cosine"), train=TrainConfig(steps=50000, batch_size=32, lr=1e-4, schedule="cosine")),
 }
+
+# %% ../nbs/22_binocular.ipynb #7d296610
 DATASETS = ("synthetic", "stb")
-HELD_OUT_SEED = 2**31
+
+# %% ../nbs/22_binocular.ipynb #b0e3d682
+HELD_OUT_SEED = 2**31   # far from every training seed
 
 # %% ../nbs/22_binocular.ipynb #24c6a5c8
-def _digits(settings: dict) -> str:
+def _settings_digits(settings: dict) -> str:
     "Twelve hexadecimal digits that stand for settings."
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 # %% ../nbs/22_binocular.ipynb #39a03735
-def _kept(file: Path, make) -> tuple[dict[str, Tensor], dict, bool]:
+def _load_or_make(file: Path, make) -> tuple[dict[str, Tensor], dict, bool]:
     "Tensors and notes of `file`, made and kept there the first time; a second process waits for the first."
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(file.with_suffix(".lock")):
@@ -381,7 +405,7 @@ def _kept(file: Path, make) -> tuple[dict[str, Tensor], dict, bool]:
         return tensors, notes, False
 
 # %% ../nbs/22_binocular.ipynb #794e7447
-def _studio(n: int, seed: int, size: int, edges: Int[Tensor, "E 2"]) -> PriorTargets:
+def _studio_hands(n: int, seed: int, size: int, edges: Int[Tensor, "E 2"]) -> PriorTargets:
     "n cut-out hands of the studio, pictures in half precision."
     parts = []
     for first in range(0, n, 250):
@@ -404,18 +428,18 @@ def learn_prior(recipe: Recipe, seed: int, shared: Path, hand: HandModel | None 
     base = learn_prior(RECIPES[recipe.begin], seed, shared, hand, progress) if recipe.begin else None
     shape = {k: getattr(recipe.model, k) for k in ("backbone", "encoder", "image_size", "channels", "points")}
     settings = {"model": shape, "prior": asdict(replace(recipe.prior, seed=seed)), "n": recipe.n_prior, "world": asdict(STUDIO)} | ({"begin": base.hash} if base else {})
-    name = _digits(settings)
+    name = _settings_digits(settings)
     torch.manual_seed(seed)
     model = MeshRegressor(recipe.model, hand or proxy_hand())
     if base: model.load_state_dict(base.model.state_dict())
 
     def make():
         began = time.perf_counter()
-        data = _studio(recipe.n_prior, seed, recipe.model.image_size, model.edges)
+        data = _studio_hands(recipe.n_prior, seed, recipe.model.image_size, model.edges)
         fit(model, prior_terms, PriorBatches(data, recipe.prior.micro_batch, seed), replace(recipe.prior, seed=seed), None, progress=progress)
         return {k: v.cpu() for k, v in model.state_dict().items()}, {"seconds": round(time.perf_counter() - began, 1)}
 
-    weights, notes, reused = _kept(shared / f"prior-{name}.safetensors", make)
+    weights, notes, reused = _load_or_make(shared / f"prior-{name}.safetensors", make)
     model.load_state_dict(weights)
     return Prior(model.eval(), name, notes["seconds"], reused)
 
@@ -423,7 +447,7 @@ def learn_prior(recipe: Recipe, seed: int, shared: Path, hand: HandModel | None 
 def synthetic_pairs(recipe: Recipe, seed: int, held_out: bool, shared: Path) -> Pairs:
     "Pairs of the living room, made once and kept in `shared`."
     n, rig, size = recipe.n_eval if held_out else recipe.n_train, recipe.cameras(), recipe.model.image_size
-    name = _digits({"n": n, "seed": seed, "rig": asdict(rig), "size": size, "world": asdict(LIVING_ROOM), "test": held_out})
+    name = _settings_digits({"n": n, "seed": seed, "rig": asdict(rig), "size": size, "world": asdict(LIVING_ROOM), "test": held_out})
 
     def make():
         parts = []
@@ -434,23 +458,51 @@ def synthetic_pairs(recipe: Recipe, seed: int, held_out: bool, shared: Path) -> 
             parts.append({**{f.name: getattr(crops, f.name) for f in fields(StereoCrops)}, "vertices": truth.vertices, "joints": truth.joints, "masks": mask})
         return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}, {}
 
-    kept, _, _ = _kept(shared / f"pairs-{name}.safetensors", make)
+    kept, _, _ = _load_or_make(shared / f"pairs-{name}.safetensors", make)
     return Pairs(StereoCrops(*(kept[f.name] for f in fields(StereoCrops))), kept["vertices"], kept["joints"], kept["masks"])
 
 # %% ../nbs/22_binocular.ipynb #beb0df62
-def stb_pairs(root: str | Path, n: int, held_out: bool, size: int, margin: float = 0.25) -> Pairs:
-    "Pairs of the Stereo Hand Pose Benchmark, evenly spread over a split, mirrored to right hands. Boxes come from the joints, for want of a detector's."
+def prior_boxes(
+    keypoints: Float[Tensor, "21 2"],     # in the left picture, pixels
+    rig: Rig,
+    jitter: Float[Tensor, "2"],           # of the middle, parts of the box
+    distance: float = 0.6,                # metres: where hands usually are
+    extent: float = 0.36,                 # metres: side of the box there
+) -> tuple[Float[Tensor, "1 4"], Float[Tensor, "1 4"]]:   # left, right
+    "Boxes that know where to look but not how far: place from a rough detection, size and disparity from the usual distance."
+    side = rig.focal * extent / distance
+    middle = (keypoints.amin(0) + keypoints.amax(0)) / 2 + side * jitter
+    left = torch.cat([middle - side / 2, middle + side / 2])[None]
+    disparity = rig.focal * rig.baseline / distance
+    return left, left - torch.tensor([disparity, 0, disparity, 0])
+
+# %% ../nbs/22_binocular.ipynb #de62fb3e
+def _stb_crops(left, right, boxes: str, jitter: Float[Tensor, "2"], size: int, margin: float) -> StereoCrops:
+    "Crops of one pair of STB samples."
+    picture = lambda sample: torch.from_numpy(sample.image.copy()).permute(2, 0, 1)[None].float() / 255
+    found = prior_boxes(left.keypoints, STB_RIG, jitter) if boxes == "prior" else tuple(square_box(s.keypoints[None], margin) for s in (left, right))
+    return crop_pair(mirror_views(Views(picture(left), picture(right), *found, STB_RIG)), size)
+
+# %% ../nbs/22_binocular.ipynb #740e3e73
+def stb_pairs(
+    root: str | Path,
+    n: int,
+    held_out: bool,
+    size: int,                     # of the crops, pixels
+    margin: float = 0.25,          # of boxes around the truth
+    boxes: str = "prior",          # or "truth", which tells the depth
+    noise: float = 0.05,           # of the prior's boxes' middles: standard deviation, parts of the box
+) -> Pairs:
+    "Pairs of the Stereo Hand Pose Benchmark, evenly spread over a split, mirrored to right hands."
+    if boxes not in ("prior", "truth"): raise ValueError(f"stb_pairs: expected boxes prior or truth, found {boxes!r}")
     data = STB(root, "test" if held_out else "train")
     chosen = torch.linspace(0, len(data) // 2 - 1, min(n, len(data) // 2)).long().tolist()
-    crops, joints = [], []
-    for i in chosen:
-        left, right = data[2 * i], data[2 * i + 1]
-        picture = lambda sample: torch.from_numpy(sample.image.copy()).permute(2, 0, 1)[None].float() / 255
-        views = Views(picture(left), picture(right), *(square_box(s.keypoints[None], margin) for s in (left, right)), STB_RIG)
-        crops.append(crop_pair(mirror_views(views), size))
-        joints.append(mirror_points(left.joints[None], STB_RIG.baseline))
+    jitter = noise * torch.randn(len(chosen), 2, generator=torch.Generator().manual_seed(HELD_OUT_SEED))
+    samples = [(data[2 * i], data[2 * i + 1]) for i in chosen]
+    crops = [_stb_crops(*pair, boxes, j, size, margin) for pair, j in zip(samples, jitter)]
+    joints = torch.cat([mirror_points(left.joints[None], STB_RIG.baseline) for left, _ in samples])
     together = StereoCrops(*(torch.cat([getattr(c, f.name) for c in crops]) for f in fields(StereoCrops)))
-    return Pairs(together, torch.zeros(len(crops), 0, 3), torch.cat(joints), torch.zeros(len(crops), 0, 0))
+    return Pairs(together, torch.zeros(len(crops), 0, 3), joints, torch.zeros(len(crops), 0, 0))
 
 # %% ../nbs/22_binocular.ipynb #aa32af90
 def load_pairs(dataset: str, data_root: str | Path, recipe: Recipe, seed: int, shared: Path, held_out: bool = False) -> Pairs:
@@ -494,25 +546,36 @@ class FittedHand(NamedTuple):
     translation: Float[Tensor, "B 3"]    # metres
     error: Float[Tensor, " B"]           # mean distance of the vertices, metres
 
+# %% ../nbs/22_binocular.ipynb #434252c7
+def rigid_place(
+    source: Float[Tensor, "B V 3"],
+    target: Float[Tensor, "B V 3"],
+) -> Float[Tensor, "B 3 3"]:
+    "The rotation R that brings the centred source nearest to the centred target (Kabsch): target ≈ R source."
+    a, b = (x - x.mean(1, keepdim=True) for x in (source, target))
+    U, _, Vh = torch.linalg.svd(b.mT @ a)
+    sign = torch.ones(len(a), 3).to(a)
+    sign[:, 2] = torch.linalg.det(U @ Vh)                                                 # never a mirror
+    return U * sign[:, None] @ Vh
+
+# %% ../nbs/22_binocular.ipynb #d78be32f
+def _fit_start(vertices: Float[Tensor, "B V 3"], hand: HandModel) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    "Where the descent begins: a relaxed mean hand, turned and moved onto the mesh. Pose, shape, rotation (6D) and translation, all with gradients."
+    B = len(vertices)
+    pose, shape = posture("relaxed").to(vertices).expand(B, 45).clone(), vertices.new_zeros(B, hand.n_shape)
+    with torch.no_grad():
+        rest = hand(pose, shape)
+        R, wrist = rigid_place(rest.vertices, vertices), rest.joints[:, 0]
+        move = vertices.mean(1) - (R @ (rest.vertices.mean(1) - wrist)[..., None])[..., 0] - wrist
+    return tuple(x.requires_grad_() for x in (pose, shape, matrix_to_rotation_6d(R), move))
+
 # %% ../nbs/22_binocular.ipynb #72710248
 def fit_hand(vertices: Float[Tensor, "B V 3"], hand: HandModel, steps: int = 150, lr: float = 0.05) -> FittedHand:
     "Hand-model parameters for meshes that no model stands behind: Procrustes for the place, then Adam on the vertices."
     if vertices.shape[1] != hand.n_vertices:
         raise ValueError(f"vertices: expected {hand.n_vertices} as the hand model has, found {vertices.shape[1]}")
-    vertices, B = vertices.detach(), len(vertices)
+    vertices, pose, shape, turn, move = vertices.detach(), *_fit_start(vertices.detach(), hand)
     low, high = joint_limits().reshape(45, 2).T.to(vertices)
-    pose = posture("relaxed").to(vertices).expand(B, 45).clone().requires_grad_()
-    shape = vertices.new_zeros(B, hand.n_shape).requires_grad_()
-    with torch.no_grad():
-        rest = hand(pose, shape)
-        a, b = rest.vertices - rest.vertices.mean(1, keepdim=True), vertices - vertices.mean(1, keepdim=True)
-        U, _, Vh = torch.linalg.svd(b.mT @ a)                                             # Kabsch: b ≈ R a
-        sign = torch.ones(B, 3).to(vertices)
-        sign[:, 2] = torch.linalg.det(U @ Vh)
-        turn = matrix_to_rotation_6d(U * sign[:, None] @ Vh)
-        wrist = rest.joints[:, 0]
-        move = vertices.mean(1) - (rotation_6d_to_matrix(turn) @ (rest.vertices.mean(1) - wrist)[..., None])[..., 0] - wrist
-    turn, move = turn.requires_grad_(), move.requires_grad_()
     optimizer = torch.optim.Adam([{"params": [pose, turn]}, {"params": [shape]}, {"params": [move], "lr": lr / 10}], lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):

@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from .binocular import MeshRegressor, Pairs, joints_of
 from .claims import Claim, Run, all_of, close, half_of, ordering, ratio_at_least, ratio_at_most
 from .mano import HandModel
 from .metrics import procrustes_align
-from .binocular import joints_of, MeshRegressor, Pairs
 from .stereo_pairs import skin_mask
+from .viz import contact_sheet, overlay, to_picture
 
 # %% ../nbs/22b_binocular_report.ipynb #27322f6b
 def score(vertices: Float[Tensor, "B V 3"], truth: Pairs, hand: HandModel) -> dict[str, float]:
@@ -39,7 +40,6 @@ def joint_errors(vertices: Float[Tensor, "B V 3"], truth: Pairs, hand: HandModel
 # %% ../nbs/22b_binocular_report.ipynb #6e041ac6
 def report_grid(pairs: Pairs, before: Float[Tensor, "B V 3"], after: Float[Tensor, "B V 3"], model: MeshRegressor, rows: int, side: int = 128) -> UInt8[np.ndarray, "H W 3"]:
     "A row a pair: both crops, the mask, the mesh over the left crop before and after fine-tuning."
-    from handrecon.viz import contact_sheet, overlay, to_picture
     S, cells = pairs.crops.left.shape[-1], []
     K = torch.diag(torch.tensor([side / S, side / S, 1.0])) @ pairs.crops.K_left
     big = lambda x: to_picture(F.interpolate(x[None], (side, side), mode="bilinear", align_corners=False)[0])
@@ -58,6 +58,8 @@ _PAPER_2 = {"photo": 25.36, "edge": 13.46, "lap": 11.36, "mask": 11.23, "chamfer
 _BEGUN = " The encoder begins with the packaged S²HAND network's weights. All runs of a seed share one prior, named in their records."
 _NOTE = "Two synthetic worlds, 128-pixel crops, a small network and a prior of 6,000 steps at 64 and 5,000 at 128 pixels; 600 pairs to move with, 1,000 steps." + _BEGUN
 _SHORT_NOTE = "Two synthetic worlds, 64-pixel crops, a small network and a prior of 6,000 steps; 400 pairs to move with, 500 steps: a centimetre of depth is half a pixel here, which weakens photo-consistency." + _BEGUN
+
+# %% ../nbs/22b_binocular_report.ipynb #d369e387
 CLAIMS = (
     Claim("binocular-table1", "binocular", "Fine-tuning by left-right consistency cuts the mean joint error of a network moved to a new place by a factor of four; absolute with two views, a little worse and only root-relative with one.",
           "§4.2, Table 1", {"test directly, one view, mm": 44.54, "monocular, mm": 12.66, "binocular, mm": 11.14}, (_FULL, _MONOCULAR), 3,

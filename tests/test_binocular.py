@@ -7,9 +7,9 @@ import torch
 
 from handrecon.binocular_report import CLAIMS, score
 from handrecon.binocular import (
-    RECIPES, BinocularConfig, MeshPixels, MeshRegressor, Reconstruction, TransferBatch, aside, find_in_right, fit_hand, heat_map_loss,
-    interpolation_weights, joints_of, learn_prior, load, load_pairs, loss_terms, mesh_from_relief, own_edges, predict, prepare_transfer,
-    prior_targets, prior_terms, PriorBatches, reconstruct_files, reconstruct_pair, save, spread_points, stb_pairs, transfer)
+    RECIPES, BinocularConfig, MeshPixels, MeshRegressor, Reconstruction, TransferBatch, find_in_right, fit_hand, heat_map_loss,
+    interpolation_weights, joints_of, learn_prior, load, load_pairs, loss_terms, mesh_from_relief, predict, prepare_transfer, pseudo_edge_lengths,
+    prior_targets, prior_terms, PriorBatches, reconstruct_files, reconstruct_pair, right_camera_at, save, spread_points, stb_pairs, transfer)
 from handrecon.camera import project, unproject
 from handrecon.layouts import write_layout
 from handrecon.proxy_hand import proxy_hand, sample_poses, sample_shapes
@@ -71,7 +71,7 @@ def test_heat_map_loss_is_least_at_the_truth():
 
 def test_true_pixels_give_the_true_mesh_both_ways(model, pairs):
     _, truth, crops = pairs
-    l, r = _true_pixels(truth.vertices, crops.K_left, model.edges), _true_pixels(truth.vertices - aside(crops.baseline), crops.K_right, model.edges)
+    l, r = _true_pixels(truth.vertices, crops.K_left, model.edges), _true_pixels(truth.vertices - right_camera_at(crops.baseline), crops.K_right, model.edges)
     assert (mesh_from_relief(l, crops.K_left, model.edges) - truth.vertices).abs().max() < 1e-4
     z = disparity_to_depth((l.uv - r.uv)[..., 0], crops.focal, crops.baseline, crops.shift)
     assert (unproject(l.uv, z, crops.K_left) - truth.vertices).abs().max() < 1e-4
@@ -126,7 +126,7 @@ def test_branches_that_disagree_still_feel_photo_consistency(hand, pairs):
     _, truth, crops = pairs
     torch.manual_seed(0)
     network = MeshRegressor(replace(TINY.model, variant="monocular"), hand).eval()
-    batch, move = prepare_transfer(network, crops), aside(crops.baseline)
+    batch, move = prepare_transfer(network, crops), right_camera_at(crops.baseline)
     seen = reconstruct_pair(network, crops)
 
     def photo(left, right):                                                                      # true meshes, moved along each camera's own rays
@@ -155,7 +155,7 @@ def test_every_weight_scales_its_terms_and_zero_leaves_them_out(hand, pairs):
 def test_left_right_consistency_alone_finds_the_depth(model):
     views, truth = make_pairs(6, 3, STB_RIG.scaled(0.4))
     crops = crop_pair(views, 64)
-    l, r = _true_pixels(truth.vertices, crops.K_left, model.edges), _true_pixels(truth.vertices - aside(crops.baseline), crops.K_right, model.edges)
+    l, r = _true_pixels(truth.vertices, crops.K_left, model.edges), _true_pixels(truth.vertices - right_camera_at(crops.baseline), crops.K_right, model.edges)
     offset = torch.full((6, 1), 2.0, requires_grad=True)
     lengths = edge_lengths(truth.vertices, model.edges)
     batch = TransferBatch(crops, skin_mask(crops.left), skin_mask(crops.right), lengths, lengths)
@@ -163,7 +163,7 @@ def test_left_right_consistency_alone_finds_the_depth(model):
     for _ in range(16):
         u_r = r.uv[..., 0] + offset
         z = disparity_to_depth(l.uv[..., 0] - u_r, crops.focal, crops.baseline, crops.shift, farthest=3.0)
-        out = Reconstruction(unproject(l.uv, z, crops.K_left), unproject(torch.stack([u_r, r.uv[..., 1]], -1), z, crops.K_right) + aside(crops.baseline), l, r)
+        out = Reconstruction(unproject(l.uv, z, crops.K_left), unproject(torch.stack([u_r, r.uv[..., 1]], -1), z, crops.K_right) + right_camera_at(crops.baseline), l, r)
         errors.append(float((z - truth.vertices[..., 2]).detach().abs().mean()))
         optimizer.zero_grad()
         sum(v for k, v in loss_terms(out, batch, model).items() if not k.startswith("edge")).backward()
@@ -172,9 +172,9 @@ def test_left_right_consistency_alone_finds_the_depth(model):
 
 
 def test_pseudo_labels_have_the_size_that_the_pair_says(model, pairs):
-    lengths, _ = own_edges(model, pairs[2])
+    lengths, _ = pseudo_edge_lengths(model, pairs[2])
     near = replace(pairs[2], baseline=pairs[2].baseline / 2)     # half the baseline, same disparities: half as far, half as large
-    assert torch.allclose(own_edges(model, near)[0], lengths / 2, rtol=1e-3)
+    assert torch.allclose(pseudo_edge_lengths(model, near)[0], lengths / 2, rtol=1e-3)
 
 
 # --- the prior
@@ -240,12 +240,32 @@ def test_stb_is_read_mirrored_to_right_hands(tmp_path):
     write_layout("stb", tmp_path, 24, progress=False)
     pairs = stb_pairs(tmp_path, 6, False, 64)
     assert pairs.crops.left.shape == (6, 3, 64, 64) and pairs.joints.shape == (6, 21, 3)
-    u_l, u_r = project(pairs.joints, pairs.crops.K_left), project(pairs.joints - aside(pairs.crops.baseline), pairs.crops.K_right)
+    u_l, u_r = project(pairs.joints, pairs.crops.K_left), project(pairs.joints - right_camera_at(pairs.crops.baseline), pairs.crops.K_right)
     assert ((u_l > 0) & (u_l < 64)).float().mean() > 0.95 and ((u_r > 0) & (u_r < 64)).float().mean() > 0.95
     assert torch.allclose(disparity_to_depth((u_l - u_r)[..., 0], pairs.crops.focal, pairs.crops.baseline, pairs.crops.shift), pairs.joints[..., 2], atol=1e-4)
     on_skin = torch.stack([skin_mask(pairs.crops.left)[i][u_l[i, 9, 1].long(), u_l[i, 9, 0].long()] for i in range(6)])
     assert on_skin.mean() > 0.6
     assert "vertices" not in score(torch.zeros(6, 778, 3), pairs, proxy_hand())
+
+
+def test_stb_boxes_do_not_tell_the_depth(tmp_path):
+    "A predictor that is given boxes and cameras and never a picture is no better than the best constant; around the true key points it was far better."
+    write_layout("stb", tmp_path, 40, progress=False)
+
+    def blind_errors(**options):                                                              # metres: by Eq. 1 with one disparity in the crop for all, and a line through the boxes' sizes and shifts
+        pairs = stb_pairs(tmp_path, 40, False, 64, **options)
+        crops, z = pairs.crops, pairs.joints[..., 2].mean(1)
+        uv = [project(pairs.joints - move, K) for move, K in ((0, crops.K_left), (right_camera_at(crops.baseline), crops.K_right))]
+        by_shift = crops.focal * crops.baseline / ((uv[0] - uv[1])[..., 0].mean() - crops.shift)
+        told = torch.stack([crops.focal, crops.shift / crops.focal], 1).double()
+        spread = (told.amax(0) - told.amin(0)) / told.abs().amax(0)
+        return float((by_shift - z).abs().mean()), float((z.median() - z).abs().mean()), float(spread.max())
+
+    blind, constant, spread = blind_errors()
+    assert blind >= constant - 1e-6 and spread < 1e-4                                          # neither the boxes' size nor their shift differs between pairs
+    leaking, constant, spread = blind_errors(boxes="truth")
+    assert leaking < 0.6 * constant and spread > 0.1
+    with pytest.raises(ValueError, match="prior or truth, found 'exact'"): stb_pairs(tmp_path, 2, False, 64, boxes="exact")
 
 
 # --- what comes out
