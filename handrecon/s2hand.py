@@ -542,15 +542,15 @@ def save(path: str | Path, model: S2Hand, meta: dict | None = None, dtype: torch
     save_checkpoint(path, model, {"system": "s2hand", "config": asdict(model.config), **(meta or {})}, dtype)
 
 # %% ../nbs/20_s2hand.ipynb #328ab96d
-_ADDED_LATER = {f.name: f.default for f in fields(S2HandConfig) if f.name.startswith(("branch_", "n_points", "w_points", "w_2d", "w_cons"))}
+_ADDED_LATER = {   # fields that files from before the 2D branch do not name
+    f.name: f.default for f in fields(S2HandConfig) if f.name.startswith(("branch_", "n_points", "w_points", "w_2d", "w_cons"))}
 
 
 def load(source: str | Path = "s2hand", hand: HandModel | None = None) -> S2Hand:
     "A trained network: \"s2hand\" is the one that travels with the package, else a checkpoint file. On the proxy hand unless `hand` is given."
     path = packaged("s2hand") if str(source) == "s2hand" else Path(source)
     weights, meta = load_checkpoint(path, "s2hand")
-    written = meta.get("config", {})
-    written = _ADDED_LATER | written
+    written = _ADDED_LATER | meta.get("config", {})
     if unknown := set(written) ^ {f.name for f in fields(S2HandConfig)}:
         raise ValueError(f"checkpoint {path}: written by another version; its configuration differs in {', '.join(sorted(unknown))}")
     config = S2HandConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in written.items()})
