@@ -4,13 +4,18 @@
 
 # %% auto #0
 __all__ = ['project', 'unproject', 'project_weak_perspective', 'project_orthographic', 'square_box', 'crop_points',
-           'uncrop_points', 'crop_intrinsics', 'crop_images']
+           'uncrop_points', 'crop_intrinsics', 'crop_images', 'mirror_points', 'mirror_intrinsics', 'move_camera']
 
 # %% ../nbs/04_camera.ipynb #e0156faa
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+from .conventions import Observation, Truth
+from .rotation import axis_angle_to_matrix
 
 # %% ../nbs/04_camera.ipynb #25994b59
 def project(
@@ -130,3 +135,43 @@ def crop_images(
     rows = _hat_weights(boxes[:, 1], scale[:, 1], size, images.shape[2]).to(images.dtype)     # (B, S, H)
     columns = _hat_weights(boxes[:, 0], scale[:, 0], size, images.shape[3]).to(images.dtype)  # (B, S, W)
     return rows[:, None] @ images @ columns[:, None].mT
+
+# %% ../nbs/04_camera.ipynb #295695a1
+def mirror_points(points: Float[Tensor, "*batch 2"], width: int | float) -> Float[Tensor, "*batch 2"]:
+    "Pixel positions in the mirrored picture."
+    return torch.stack([width - points[..., 0], points[..., 1]], -1)
+
+# %% ../nbs/04_camera.ipynb #c7c747b5
+def mirror_intrinsics(K: Float[Tensor, "*batch 3 3"], width: int | float) -> Float[Tensor, "*batch 3 3"]:
+    "The camera that took the mirrored picture."
+    mirrored = K.clone()
+    mirrored[..., 0, 2] = width - K[..., 0, 2]
+    return mirrored
+
+# %% ../nbs/04_camera.ipynb #61b06d81
+def move_camera(
+    observation: Observation,
+    angle: Float[Tensor, "B"],    # the picture turns clockwise by it, radians
+    zoom: Float[Tensor, "B"],     # > 1: nearer
+    shift: Float[Tensor, "B 2"],  # of the picture, pixels
+    truth: Truth | None = None,
+) -> tuple[Observation, Truth | None]:
+    "What a camera rolled about its axis, with another focal length and crop, would have seen; exact but for resampling."
+    H, W = observation.image.shape[-2:]
+    c, s, zero = zoom * angle.cos(), zoom * angle.sin(), torch.zeros_like(angle)
+    stretch = observation.K[:, 0, 0] / observation.K[:, 1, 1]                                    # pixels need not be square
+    A = torch.stack([c, -s * stretch, s / stretch, c], -1).unflatten(-1, (2, 2))                 # p' = A (p − centre) + centre + shift
+    centre = observation.K.new_tensor([W / 2, H / 2])
+    move = lambda p: torch.einsum("bij,b...j->b...i", A, p - centre) + (centre + shift).view(-1, *[1] * (p.ndim - 2), 2)
+    inverse = torch.linalg.inv(A)
+    theta = torch.cat([inverse * (centre[None, :] / centre[:, None]), -(inverse @ shift[..., None]) / centre[:, None]], -1)  # picture = −1 … 1
+    grid = F.affine_grid(theta, list(observation.image.shape), align_corners=False)
+    warp = lambda x: F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+    missing = (observation.confidence <= 0)[..., None]
+    K = observation.K.clone()
+    K[:, [0, 1], [0, 1]] *= zoom[:, None]
+    K[:, :2, 2] = move(observation.K[:, :2, 2])
+    seen = Observation(warp(observation.image), K, move(observation.keypoints).masked_fill(missing, 0), observation.confidence)
+    if truth is None: return seen, None
+    roll = axis_angle_to_matrix(torch.stack([zero, zero, angle], -1)).mT
+    return seen, replace(truth, vertices=truth.vertices @ roll, joints=truth.joints @ roll, keypoints=move(truth.keypoints), mask=warp(truth.mask[:, None])[:, 0])

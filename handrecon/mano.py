@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MANO_ARRAYS', 'linear_offsets', 'kinematic_levels', 'forward_kinematics', 'skin', 'pose_feature', 'check_arrays',
-           'HandMesh', 'HandModel', 'transform_mesh', 'mirror_rotation', 'mirror_arrays', 'mirror_params']
+           'HandMesh', 'HandModel', 'transform_mesh', 'to_wrist', 'to_origin', 'mirror_rotation', 'mirror_arrays',
+           'mirror_params']
 
 # %% ../nbs/02_mano.ipynb #aa990135
 from functools import reduce
@@ -246,6 +247,24 @@ def transform_mesh(
 ) -> HandMesh:
     "s·R·X + T for vertices and joints: a similarity about the origin (S²HAND §3.2)."
     return HandMesh(*(scale[:, None, None] * x @ rotation_matrix.mT + translation[:, None] for x in mesh))
+
+# %% ../nbs/02_mano.ipynb #9194f823
+def to_wrist(
+    translation: Float[Tensor, "*B 3"],   # of a hand turned about its origin, metres
+    rotation: Float[Tensor, "*B 3 3"],
+    wrist: Float[Tensor, "*B 3"],         # resting wrist of this shape, metres
+) -> Float[Tensor, "*B 3"]:               # metres
+    "Translation of the same hand if it is turned about the wrist instead, as `HandModel.forward` does."
+    return translation + (rotation @ wrist[..., None])[..., 0] - wrist
+
+# %% ../nbs/02_mano.ipynb #2a7c946d
+def to_origin(
+    wrist_at: Float[Tensor, "*B 3"],      # where the wrist ends up, metres: translation about the wrist + wrist
+    rotation: Float[Tensor, "*B 3 3"],
+    wrist: Float[Tensor, "*B 3"],         # resting wrist of this shape, metres
+) -> Float[Tensor, "*B 3"]:               # metres
+    "Translation of the same hand if it is turned about its origin, as `transform_mesh` does."
+    return wrist_at - (rotation @ wrist[..., None])[..., 0]
 
 # %% ../nbs/02_mano.ipynb #abdca045
 def mirror_rotation(

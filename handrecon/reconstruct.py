@@ -6,10 +6,10 @@
 __all__ = ['PICTURE_ENDINGS', 'VIDEO_ENDINGS', 'SMALLEST_SIDE', 'RATE_FRAMES', 'BOX_MARGIN', 'FEWEST_JOINTS', 'DOUBLE', 'LOOKS',
            'QUARTERS', 'HANDS_ABOUT', 'CHUNK_FRAMES', 'CHUNK_BYTES', 'Frame', 'SHIPPED', 'InputError', 'Source',
            'find_sources', 'read_frames', 'camera_number', 'open_camera', 'CameraFilm', 'take_film', 'filmed',
-           'guess_intrinsics', 'mirror_points', 'mirror_intrinsics', 'Hand2D', 'detection_path', 'pair_detections',
-           'without_doubles', 'whole_picture', 'Hand3D', 'crop_observation', 'stack', 'upright_roll', 'ask',
-           'look_for_joints', 'reconstruct_hands', 'guessed', 'GrowingArray', 'results_folder', 'hand_record',
-           'SourceWriter', 'in_chunks', 'Summary', 'reconstruct', 'axis_angle_hand', 'load_network']
+           'guess_intrinsics', 'Hand2D', 'detection_path', 'pair_detections', 'without_doubles', 'whole_picture',
+           'Hand3D', 'crop_observation', 'stack', 'upright_roll', 'ask', 'look_for_joints', 'reconstruct_hands',
+           'guessed', 'GrowingArray', 'results_folder', 'hand_record', 'SourceWriter', 'in_chunks', 'Summary',
+           'reconstruct', 'axis_angle_hand', 'load_network']
 
 # %% ../nbs/18_reconstruct.ipynb #962dd8ca
 import json
@@ -32,14 +32,14 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from .camera import crop_images, crop_intrinsics, crop_points, project, square_box, uncrop_points
+from .camera import crop_images, crop_intrinsics, crop_points, mirror_intrinsics, mirror_points, move_camera, project, square_box, uncrop_points
 from .conventions import Observation
 from .keypoints import Detections, read_detections
 from .mano import HandMesh, HandModel
 from .networks import Appearance
 from .proxy_hand import proxy_hand
 from .fit import FitConfig, correct_by_own_joints, detection_box, fit_to_detections, joints_only, reprojection_error
-from .s2hand import S2Hand, S2HandOutput, detect_keypoints, load, move_camera, state_of
+from .s2hand import S2Hand, S2HandOutput, detect_keypoints, load, state_of
 from .rotation import axis_angle_to_matrix, matrix_to_axis_angle
 from .training import load_checkpoint, packaged
 from .viz import draw_skeleton, overlay, read_picture, save_picture, write_glb
@@ -238,18 +238,6 @@ def guess_intrinsics(
     "A centred camera of the given or a usual focal length."
     f = focal or 1.2 * max(height, width)
     return torch.tensor([[f, 0.0, width / 2], [0.0, f, height / 2], [0.0, 0.0, 1.0]])
-
-# %% ../nbs/18_reconstruct.ipynb #1dcd34fe
-def mirror_points(points: Float[Tensor, "*batch 2"], width: int | float) -> Float[Tensor, "*batch 2"]:
-    "Pixel positions in the mirrored picture."
-    return torch.stack([width - points[..., 0], points[..., 1]], -1)
-
-# %% ../nbs/18_reconstruct.ipynb #76c65e29
-def mirror_intrinsics(K: Float[Tensor, "*batch 3 3"], width: int | float) -> Float[Tensor, "*batch 3 3"]:
-    "The camera that took the mirrored picture."
-    mirrored = K.clone()
-    mirrored[..., 0, 2] = width - K[..., 0, 2]
-    return mirrored
 
 # %% ../nbs/18_reconstruct.ipynb #4e31eec5
 @dataclass(frozen=True)

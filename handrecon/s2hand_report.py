@@ -23,7 +23,7 @@ from .mano import HandModel
 from .metrics import evaluate_hands, mpjpe, point_errors, procrustes_align
 from .networks import FRONT_LIGHT, MEAN_SKIN, Appearance
 from .rotation import axis_angle_to_matrix
-from .s2hand import look, Prediction, S2Hand, predict
+from .s2hand import Prediction, S2Hand, estimate_keypoints, predict
 from .training import map_tensors
 
 # %% ../nbs/20b_s2hand_report.ipynb #42647698
@@ -67,7 +67,7 @@ def keypoint_distances(model: S2Hand, observation: Observation, truth: Truth) ->
     unit = model.config.reference_size / observation.image.shape[-1]
     there = (observation.confidence > 0) & truth.keypoints.isfinite().all(-1)
     found = {"detections": observation.keypoints, "projected": predict(model, observation).keypoints}
-    if model.branch is not None: found["branch"] = look(model, observation.image).xy
+    if model.branch is not None: found["branch"] = estimate_keypoints(model, observation.image).xy
     return {name: unit * (xy - truth.keypoints).norm(dim=-1)[there] for name, xy in found.items()}
 
 # %% ../nbs/20b_s2hand_report.ipynb #72416392

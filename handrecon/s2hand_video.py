@@ -19,16 +19,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from . import s2hand
-from .camera import project
+from .camera import move_camera, project
 from .conventions import Observation, Truth
 from .mano import transform_mesh
 from .networks import Appearance, HandCode
 from .proxy_hand import proxy_hand
 from .rotation import quaternion_to_axis_angle, quaternion_to_matrix
-from .s2hand import S2Hand, S2HandConfig, S2HandOutput, move_camera
+from .s2hand import S2Hand, S2HandConfig, S2HandOutput
 from .sequences import WORLDS, SequenceConfig, average_rotations, continuous_clips, make_sequences, smooth_in_time
 from .temporal import canonical_normals, hand_quaternions, lit_texture, quaternion_loss, smooth_loss, temporal_loss, texture_shape_loss
-from .training import TrainConfig, batch_seed, load_checkpoint, load_weights, map_tensors, packaged, save_checkpoint
+from .training import TrainConfig, batch_seed, join_batches, load_checkpoint, load_weights, map_tensors, packaged, save_checkpoint
 
 # %% ../nbs/21_s2hand_video.ipynb #34124ec1
 MOTIONS = ("quaternion", "temporal", "smooth", "none")
@@ -166,7 +166,7 @@ class FilmBatches:
         rows, n = self.rows_at(index), self.video.n
         order = sorted(range(self.m), key=lambda i: rows[i][0])
         parts = [self.films[f].at([r for i in order if rows[i][0] == f for r in rows[i][1]]) for f in sorted({film for film, _ in rows})]
-        seen = Observation(*(torch.cat([getattr(p, name) for p in parts]) for name in Observation.__dataclass_fields__))
+        seen = join_batches(parts)
         g = torch.Generator().manual_seed(batch_seed(self.seed + 1, index))
         turn, zoom, x, y = (torch.rand(4, self.m, generator=g) * 2 - 1).repeat_interleave(n, 1)                       # one camera a sequence
         moved, _ = move_camera(seen, turn * self.turn, (zoom * self.zoom).exp(), torch.stack([x, y], -1) * self.shift * seen.image.shape[-1])
@@ -220,10 +220,9 @@ def synthetic_films(n: int, seed: int, world: SequenceConfig, size: int, hand=No
     for first in range(0, n, 32):
         made = make_sequences(min(32, n - first), batch_seed(seed, first), world, hand)
         parts.append((replace(made.observation, image=made.observation.image.half()), replace(made.truth, mask=made.truth.mask.half()), made.rotation))
-    join = lambda xs: type(xs[0])(*(torch.cat([getattr(x, f) for x in xs]) for f in xs[0].__dataclass_fields__))
-    seen, truth, rotation = (list(p) for p in zip(*parts))
+    seen, truth, rotation = join_batches(parts)
     T = world.frames
-    return Films(join(seen), [(i * T, (i + 1) * T) for i in range(n)]), join(truth), torch.cat(rotation)
+    return Films(seen, [(i * T, (i + 1) * T) for i in range(n)]), truth, rotation
 
 # %% ../nbs/21_s2hand_video.ipynb #0e6de0a2
 def real_films(name: str, root: str | Path, size: int, split: str = "", detections: str | Path | None = None, mirror: bool = True) -> Films:
@@ -262,7 +261,7 @@ def _in_memory(data, **options) -> Observation:
         pictures = {(x.path, x.frame): x.image for x in (data[i] for i in rows)}
         seen = crops.__getitems__(list(rows)).observation()
         blocks.append(replace(seen, image=seen.image.half()))
-    return Observation(*(torch.cat([getattr(b, f) for b in blocks]) for f in Observation.__dataclass_fields__))
+    return join_batches(blocks)
 
 # %% ../nbs/21_s2hand_video.ipynb #26d543fb
 HELD_OUT_SEED = 2**31  # far from every training seed: the same held-out films in every run

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from . import s2hand
+from . import s2hand_report
 from .claims import Claim, Run, all_of, close, ordering, ratio_at_most
 from .conventions import Truth
 from .metrics import acceleration, acceleration_error, sequence_deviation
@@ -49,7 +49,7 @@ def consistency(
 def score(prediction: VideoPrediction, clips: Sequence[tuple[int, int]], truth: Truth) -> dict[str, float]:
     "Accuracy of the frames (S²HAND's table) and consistency of the films, in one row."
     plain = Prediction(prediction.joints, prediction.vertices, prediction.keypoints)
-    return s2hand.score(plain, truth) | consistency(prediction, clips, truth.joints)
+    return s2hand_report.score(plain, truth) | consistency(prediction, clips, truth.joints)
 
 # %% ../nbs/21b_s2hand_video_report.ipynb #a469b79e
 def truth_as_prediction(films: Films, truth: Truth, rotation: Float[Tensor, "B 3 3"]) -> VideoPrediction:

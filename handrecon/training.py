@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Row', 'STATE_FILE', 'LOG_FILE', 'world_size', 'TrainConfig', 'learning_rate', 'Batches', 'batch_seed', 'map_tensors',
-           'ArrayBatches', 'save_checkpoint', 'packaged', 'Checkpoint', 'load_checkpoint', 'load_weights', 'History',
-           'read_history', 'TrainingDiverged', 'Objective', 'fit']
+           'join_batches', 'take_rows', 'ArrayBatches', 'save_checkpoint', 'packaged', 'Checkpoint', 'load_checkpoint',
+           'load_weights', 'History', 'read_history', 'TrainingDiverged', 'Objective', 'fit']
 
 # %% ../nbs/16_training.ipynb #990ceeac
 import csv
@@ -15,7 +15,7 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
@@ -155,6 +155,30 @@ def _lengths(tree: Any) -> set[int]:
     found: set[int] = set()
     map_tensors(tree, lambda t: found.add(len(t)) or t)
     return found
+
+# %% ../nbs/16_training.ipynb #40d0303d
+def join_batches(
+    parts: Sequence[Any],   # like trees; their tensors differ in the first dimension only
+) -> Any:
+    "One long batch of several: tensors that stand at the same place are laid one after the other; anything else is the first part's."
+    first = parts[0]
+    if isinstance(first, Tensor): return torch.cat(list(parts))
+    if isinstance(first, Mapping): return {k: join_batches([p[k] for p in parts]) for k in first}
+    if isinstance(first, (tuple, list)):
+        items = [join_batches(column) for column in zip(*parts, strict=True)]
+        return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)
+    if is_dataclass(first):
+        return replace(first, **{f.name: join_batches([getattr(p, f.name) for p in parts]) for f in fields(first)})
+    return first
+
+# %% ../nbs/16_training.ipynb #f3888105
+def take_rows(
+    batch: Any,
+    rows: slice | Sequence[int] | Tensor,   # which, in this order; or a mask
+) -> Any:
+    "The same tree with these rows of every tensor."
+    rows = list(rows) if isinstance(rows, range) else rows
+    return map_tensors(batch, lambda x: x[rows])
 
 # %% ../nbs/16_training.ipynb #78195c1b
 class ArrayBatches:

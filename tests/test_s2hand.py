@@ -483,12 +483,12 @@ def test_resume_across_stages_is_exact(tmp_path, batch, stop_in):
 
 def test_what_teaches(batch):
     seen, known = batch
-    assert s2hand.teaching(seen, known, TINY) == seen or torch.equal(s2hand.teaching(seen, known, TINY).keypoints, seen.keypoints)
-    true = s2hand.teaching(seen, known, replace(TINY, supervision="true-2d", confidence="equal"))
+    assert s2hand.training_keypoints(seen, known, TINY) == seen or torch.equal(s2hand.training_keypoints(seen, known, TINY).keypoints, seen.keypoints)
+    true = s2hand.training_keypoints(seen, known, replace(TINY, supervision="true-2d", confidence="equal"))
     assert torch.equal(true.keypoints, known.keypoints) and (true.confidence == 1).all()
-    equal = s2hand.teaching(seen, known, replace(TINY, confidence="equal"))
+    equal = s2hand.training_keypoints(seen, known, replace(TINY, confidence="equal"))
     assert torch.equal(equal.confidence, (seen.confidence > 0).float()) and torch.equal(equal.keypoints, seen.keypoints)
-    weighted = s2hand.teaching(seen, known, replace(TINY, supervision="true-2d"))
+    weighted = s2hand.training_keypoints(seen, known, replace(TINY, supervision="true-2d"))
     assert torch.equal(weighted.confidence, seen.confidence) and torch.equal(weighted.keypoints, known.keypoints)
     with pytest.raises(ValueError, match="true-2d or true-3d, found 'magic'"): replace(TINY, supervision="magic")
 
@@ -514,7 +514,7 @@ def test_faces_have_colours_too_and_learn(batch):
 def test_a_branch_can_join_a_network_and_travel_with_it(tmp_path, batch):
     donor, alone = new(), new(replace(SMALL, n_points=0))
     donor.branch.calibration.copy_(torch.tensor([0.3, 0.7]))
-    both = s2hand.with_branch(alone, donor.branch, BOTH)
+    both = s2hand.attach_branch(alone, donor.branch, BOTH)
     save(tmp_path / "both.safetensors", both, dtype=torch.float16)
     again = load(tmp_path / "both.safetensors")
     xy, con = s2hand.detect_keypoints(again, batch[0].image)
