@@ -56,7 +56,7 @@ def photo(tmp_path):
 
 
 def test_reconstruct(photo, tmp_path, monkeypatch):
-    from handrecon import reconstruct as R
+    from handrecon import hands as R
     fit = R.fit_to_detections
     monkeypatch.setattr(R, "fit_to_detections", lambda o, hand, init, config: fit(o, hand, init, type(config)(steps=40)))
     code, out, err = call("reconstruct", photo, "--detections", tmp_path / "det", "--out", tmp_path / "out", "--focal", 150)

@@ -113,7 +113,7 @@ def test_steady_boxes_do_not_tremble():
 def test_interpolation_passes_through_its_keys():
     g = torch.Generator().manual_seed(1)
     from handrecon.rotation import matrix_to_quaternion, random_rotations
-    keys = V.Placed(torch.randn(3, 45, generator=g), torch.randn(3, 10, generator=g), random_rotations(3, g), torch.randn(3, 3, generator=g))
+    keys = V.HandState(torch.randn(3, 45, generator=g), torch.randn(3, 10, generator=g), random_rotations(3, g), torch.randn(3, 3, generator=g))
     at = torch.tensor([2.0, 6.0, 9.0])
     again = V.interpolate(keys, at, at)
     assert torch.allclose(again.pose, keys.pose) and torch.allclose(again.rotation, keys.rotation, atol=1e-5)
