@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOOKS', 'QUARTERS', 'UPRIGHT', 'mirror_points', 'mirror_intrinsics', 'side_flip', 'Hand3D', 'crop_observation',
            'stack', 'upright_roll', 'predict_upright', 'look_for_joints', 'reconstruct_hands', 'predicted_values',
-           'axis_angle_hand', 'hand_of_mesh', 'distinct_hands', 'find_hands', 'refine', 'Finder']
+           'hand_of_mesh', 'distinct_hands', 'find_hands', 'refine', 'Finder']
 
 # %% ../nbs/41_hands.ipynb #3416da9d
 from collections.abc import Sequence
@@ -222,12 +222,6 @@ def _to_picture(found: dict, i: int, hand: Hand2D, K: Float[Tensor, "3 3"], size
                   found["mesh"].vertices[i] * flip, joints, project(joints[None], K[None])[0],
                   found["pose"][i], found["shape"][i], found["rotation"][i], found["translation"][i], float(found["scale"][i]),
                   error["before"], error["after"], None if hand.xy is None else float(detection_box(hand.xy[None], hand.confidence[None])))
-
-# %% ../nbs/41_hands.ipynb #ced5a2bc
-def axis_angle_hand(model: HandModel) -> HandModel:
-    "The same hand, posed by axis-angle relative to the flat hand."
-    if model.n_pca is None and model.flat_hand_mean: return model
-    return HandModel({name: getattr(model, name).cpu() for name in model.ARRAYS}, model.side, fingertips=model.fingertips)
 
 # %% ../nbs/41_hands.ipynb #1691e279
 def hand_of_mesh(

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from .binocular import MeshRegressor, find_in_right, fit_hand, joints_of, load as load_stereo, predict as predict_pair
 from .camera import project
-from .fit import FitConfig
-from .hands import Finder, Hand3D, axis_angle_hand, reconstruct_hands
+from .fit import axis_angle_hand, FitConfig
+from .hands import Finder, Hand3D, reconstruct_hands
 from .mano import HandModel
 from .multihand import load as load_multihand
 from .proxy_hand import proxy_hand

@@ -30,10 +30,10 @@ from torch import Tensor
 from .camera import project, square_box
 from .conventions import Observation
 from .files import atomic_path, write_npz
-from .fit import FitConfig, HandState, Term, descend, detection_box, fit_to_detections, joints_only, place, reprojection_error
+from .fit import axis_angle_hand, FitConfig, HandState, Term, descend, detection_box, fit_to_detections, joints_only, place, reprojection_error
 from .gltf import Clip, write_animation
 from .hands import (
-    Finder, Hand3D, axis_angle_hand, crop_observation, predict_upright, predicted_values, side_flip, stack, upright_roll)
+    Finder, Hand3D, crop_observation, predict_upright, predicted_values, side_flip, stack, upright_roll)
 from .mano import HandModel, mirror_arrays, mirror_rotation
 from .mano_files import _cache_folder as cache_folder
 from .rotation import (

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from handrecon import fit as F
 from handrecon import gltf as G
 from handrecon import hands as H
 from handrecon import reconstruct as R
@@ -241,7 +242,7 @@ def test_a_video_from_beginning_to_end(clip, network, tmp_path):
 def test_a_killed_run_goes_on(clip, network, tmp_path, monkeypatch):
     source, = S.find_sources([clip / "clip.mp4"])
     hands = S.pair_detections(source, clip / "det")
-    solve = lambda: V.solve_video(source, hands, network, H.axis_angle_hand(network.hand), config=QUICK, smooth=SMOOTH, progress=False)
+    solve = lambda: V.solve_video(source, hands, network, F.axis_angle_hand(network.hand), config=QUICK, smooth=SMOOTH, progress=False)
     calls, ask, descend = [], V.predict_upright, V.descend
     monkeypatch.setattr(V, "predict_upright", lambda *a: calls.append("network") or ask(*a))
 
