@@ -9,7 +9,7 @@ __all__ = ['FARTHEST_HAND', 'RECIPES', 'DATASETS', 'HELD_OUT_SEED', 'BinocularCo
            'branch_terms', 'loss_terms', 'PriorTargets', 'prior_targets', 'heat_map_loss', 'prior_terms',
            'PriorBatches', 'pseudo_edge_lengths', 'prepare_transfer', 'predict', 'Pairs', 'Recipe', 'Prior',
            'learn_prior', 'synthetic_pairs', 'prior_boxes', 'stb_pairs', 'load_pairs', 'transfer', 'save', 'load',
-           'FittedHand', 'rigid_place', 'fit_hand', 'find_in_right', 'reconstruct_files']
+           'FittedHand', 'rigid_place', 'fit_hand', 'find_in_right']
 
 # %% ../nbs/22_binocular.ipynb #54960770
 import hashlib
@@ -605,37 +605,3 @@ def find_in_right(left: UInt8[np.ndarray, "H W 3"], right: UInt8[np.ndarray, "H 
     score = cv2.matchTemplate(right[v0:v1, first:last + (u1 - u0)], left[v0:v1, u0:u1], cv2.TM_CCOEFF_NORMED)[0]
     shift = u0 - (first + int(score.argmax()))
     return box - torch.tensor([shift, 0, shift, 0])
-
-# %% ../nbs/22_binocular.ipynb #98415cd6
-def reconstruct_files(left: str | Path, right: str | Path, rig: Sequence[float | int], box: Sequence[float | int], checkpoint: str | Path, out: str | Path) -> dict:
-    "One pair of pictures to a mesh in metres, and to hand-model parameters: NAME.glb, NAME.overlay.png and hands.json in `out`."
-    from handrecon.files import write_json
-    from handrecon.reconstruct import results_folder
-    from handrecon.viz import contact_sheet, overlay, read_picture, save_picture, write_glb
-    model = load(checkpoint)
-    pictures = [read_picture(p) for p in (left, right)]
-    if pictures[0].shape != pictures[1].shape:
-        raise ValueError(f"{right}: expected a picture as large as {left}, {pictures[0].shape[:2]}, found {pictures[1].shape[:2]}")
-    f, cx, cy, b = (float(v) for v in rig)
-    cameras = Rig(f, cx, cy, b, *pictures[0].shape[:2])
-    x0, y0, x1, y1 = (float(v) for v in box)
-    if not (0 <= x0 < x1 <= cameras.width and 0 <= y0 < y1 <= cameras.height):
-        raise ValueError(f"the box {x0:g},{y0:g},{x1:g},{y1:g} does not lie in {left} ({cameras.width}x{cameras.height})")
-    half, middle = max(x1 - x0, y1 - y0) / 2, ((x0 + x1) / 2, (y0 + y1) / 2)
-    first = torch.tensor([middle[0] - half, middle[1] - half, middle[0] + half, middle[1] + half])
-    second = find_in_right(*pictures, first, cameras)
-    whole = [torch.from_numpy(p.copy()).permute(2, 0, 1)[None].float() / 255 for p in pictures]
-    crops = crop_pair(Views(*whole, first[None], second[None], cameras), model.config.image_size)
-    mesh = predict(model, crops, "binocular")
-    fitted, K = fit_hand(mesh, model.hand), cameras.K(1)[0]
-    name, out = Path(left).stem, Path(out)
-    sheet = [overlay(p, mesh[0] - torch.tensor([i * b, 0, 0]), model.hand.faces, K) for i, p in enumerate(pictures)]
-    numbers = lambda x: [round(float(v), 6) for v in x.flatten()]
-    record = {"left": str(left), "right": str(right), "rig": {"focal": f, "cx": cx, "cy": cy, "baseline": b}, "box_left": numbers(first), "box_right": numbers(second),
-              "joints": joints_of(mesh, model.hand)[0].tolist(), "depth": float(mesh[0, :, 2].mean()), "pose": numbers(fitted.pose), "shape": numbers(fitted.shape),
-              "rotation": numbers(fitted.rotation), "translation": numbers(fitted.translation), "fit_error": float(fitted.error)}
-    with results_folder(out) as work:
-        write_glb(work / f"{name}.glb", mesh[0], model.hand.faces)
-        save_picture(work / f"{name}.overlay.png", contact_sheet(sheet, columns=2))
-        write_json(work / "hands.json", record)
-    return record

@@ -106,15 +106,15 @@ def _reconstruct_pair(inputs: list[Path], out: Path, checkpoint: Path | None, bo
     "Both pictures of a stereo pair to one hand in absolute coordinates."
     if len(inputs) != 2: raise ValueError(f"--stereo expects two pictures, LEFT RIGHT, found {len(inputs)}")
     if box is None: raise ValueError("--stereo needs --box, the hand in the left picture")
-    from handrecon.binocular import reconstruct_files
-    record = reconstruct_files(*inputs, tuple(rig), box, checkpoint or "binocular", out)
+    from handrecon.reconstruct import reconstruct_stereo
+    record = reconstruct_stereo(*inputs, tuple(rig), box, checkpoint or "binocular", out)
     typer.echo(f"{inputs[0].name} + {inputs[1].name}: a right hand {record['depth']:.3f} m away; hand model fitted to {1000 * record['fit_error']:.1f} mm")
     typer.echo(f"Results: {out}")
 
 # %% ../nbs/50_cli.ipynb #a0548e39
 def _reconstruct_found(inputs: list[Path], out: Path, finder, fit: bool) -> None:
     "Hands wherever they are."
-    from handrecon.every_hand import reconstruct_every_hand
+    from handrecon.reconstruct import reconstruct_every_hand
     for summary in reconstruct_every_hand(inputs, out, finder, finder.name, fit=fit):
         typer.echo(str(summary) + ("" if summary.hands else ": nothing in it looks like a hand (--min-score lowers the bar)"))
 
@@ -151,8 +151,8 @@ def reconstruct(
     corners = None if box is None else _numbers(box, "--box", 4)
     if stereo is not None:
         return _reconstruct_pair(inputs, out, checkpoint, corners, _numbers(stereo, "--stereo", 4))
-    from handrecon.every_hand import choose_finder
-    from handrecon.reconstruct import filmed
+    from handrecon.reconstruct import choose_finder
+    from handrecon.sources import filmed
     finder = choose_finder(detections, corners, side, checkpoint, adapt, min_score, max_hands, focal, refine)
     with filmed(inputs, out, frames, detections) as sources:
         if finder is not None: _reconstruct_found(sources, out, finder, fit)

@@ -6,10 +6,10 @@
 __all__ = ['BONE', 'RECIPES', 'DATASETS', 'HELD_OUT_SEED', 'SIDE_COLORS', 'MultiHandConfig', 'PaperConfig', 'Maps', 'HandsOut',
            'Residual', 'MapNetwork', 'read_maps', 'HandHead', 'average_with_mirror', 'both_hands', 'MultiHand',
            'localization_terms', 'bone_unit', 'reprojection_terms', 'regular_terms', 'consistency_term', 'joints_known',
-           'true_vertices', 'terms_3d', 'loss_terms', 'render_hands', 'lit_colours', 'picture_terms', 'FoundHand',
-           'quarter_turned', 'find_hands', 'match', 'Predictions', 'predict', 'Recipe', 'PaperRecipe', 'save', 'load',
-           'split_by_hand', 'picture_groups', 'scenes_from_data', 'freihand_scenes', 'load_pictures', 'new_network',
-           'single_hands', 'reconstruction_terms', 'move_scenes', 'MovedBatches', 'train_network', 'draw_hands']
+           'true_vertices', 'terms_3d', 'loss_terms', 'render_hands', 'lit_colours', 'picture_terms', 'quarter_turned',
+           'match', 'Predictions', 'predict', 'Recipe', 'PaperRecipe', 'save', 'load', 'split_by_hand',
+           'picture_groups', 'scenes_from_data', 'freihand_scenes', 'load_pictures', 'new_network', 'single_hands',
+           'reconstruction_terms', 'move_scenes', 'MovedBatches', 'train_network', 'draw_hands']
 
 # %% ../nbs/23_multihand.ipynb #c3a52896
 from dataclasses import asdict, dataclass, fields, replace
@@ -468,20 +468,6 @@ def picture_terms(model: MultiHand, out: HandsOut, scenes: Scenes, here: Bool[Te
         terms["L_seg"] = config.lambda_seg * (1 - both / either.clamp_min(1)).mean()
     return terms
 
-# %% ../nbs/23_multihand.ipynb #37c7e0a3
-class FoundHand(NamedTuple):
-    "One hand of a picture."
-    score: float                        # of the centre map, in [0, 1]
-    side: str                           # "left" or "right"
-    side_score: float                   # probability of that side
-    box: Float[Tensor, "4"]             # x0, y0, x1, y1 around the projected mesh, pixels of the picture
-    keypoints: Float[Tensor, "21 2"]    # pixels of the picture
-    joints: Float[Tensor, "21 3"]       # camera axes, metres
-    vertices: Float[Tensor, "V 3"]
-    pose: Float[Tensor, "45"]           # axis-angle of the hand's own side, relative to the flat hand, radians
-    shape: Float[Tensor, "S"]
-    rotation: Float[Tensor, "3"]        # about the wrist, axis-angle
-
 # %% ../nbs/23_multihand.ipynb #f067e379
 def quarter_turned(
     picture: Float[Tensor, "3 H W"],
@@ -492,66 +478,6 @@ def quarter_turned(
     zero, one = K.new_zeros(()), K.new_ones(())
     rolled = torch.stack([K[1, 1], zero, height - K[1, 2], zero, K[0, 0], K[0, 2], zero, zero, one]).view(3, 3)
     return torch.rot90(picture, -1, (1, 2)), rolled, K.new_tensor([[0.0, -1, 0], [1, 0, 0], [0, 0, 1]])
-
-# %% ../nbs/23_multihand.ipynb #790abb25
-@torch.no_grad()
-def find_hands(
-    model: MultiHand,
-    picture: Float[Tensor, "3 H W"],     # RGB in [0, 1]
-    K: Float[Tensor, "3 3"],             # pixels
-    min_score: float | None = None,      # default: the configuration's threshold
-    max_hands: int | None = None,
-    sizes: tuple[int, ...] = (512, 256),  # sides of the squares the picture is laid into
-    quarters: tuple[int, ...] = (0,),    # looks at the picture turned clockwise by so many times 90°
-) -> list[FoundHand]:
-    "Every hand of a picture, best first; an empty list where there is none."
-    found, rolled, camera, R = [], picture, K, torch.eye(3)
-    for quarter in range(max(quarters) + 1):
-        if quarter in quarters: found += [_rolled_back(hand, R, K) for hand in _look(model, rolled, camera, min_score, max_hands, sizes)]
-        rolled, camera, step = quarter_turned(rolled, camera)
-        R = step @ R
-    return _distinct(sorted(found, key=lambda h: -h.score))[:max_hands or model.config.max_hands]
-
-# %% ../nbs/23_multihand.ipynb #b8b618fc
-def _look(model: MultiHand, picture: Tensor, K: Tensor, min_score: float | None, max_hands: int | None, sizes: tuple[int, ...]) -> list[FoundHand]:
-    "All answers of the network about a picture laid into squares of several sizes."
-    c, longest, found = model.config, max(picture.shape[1:]), []
-    for size in sizes:
-        side, box = size // c.shrink, torch.tensor([[0.0, 0, longest, longest]])
-        small, inner = crop_images(picture[None], box, side), crop_intrinsics(K[None], box, side)
-        peaks, out = model(small, inner, max_hands or c.max_hands, c.threshold if min_score is None else min_score)
-        for i in peaks.kept[0].nonzero().flatten().tolist():
-            found.append(_found(peaks, out, i, K))
-    return found
-
-# %% ../nbs/23_multihand.ipynb #07414186
-def _rolled_back(hand: FoundHand, R: Float[Tensor, "3 3"], K: Float[Tensor, "3 3"]) -> FoundHand:
-    "A hand that a rolled camera saw, in the axes and pixels of the camera K; R leads from these axes to the rolled ones."
-    if torch.equal(R, torch.eye(3)): return hand
-    joints, vertices = hand.joints @ R, hand.vertices @ R
-    pixels = project(vertices[None], K[None])[0]
-    rotation = matrix_to_axis_angle((R.T @ axis_angle_to_matrix(hand.rotation[None])[0])[None])[0]
-    return hand._replace(box=torch.cat([pixels.amin(0), pixels.amax(0)]), keypoints=project(joints[None], K[None])[0], joints=joints, vertices=vertices, rotation=rotation)
-
-# %% ../nbs/23_multihand.ipynb #c3e8206d
-def _found(peaks: Peaks, out: HandsOut, i: int, K: Float[Tensor, "3 3"]) -> FoundHand:
-    "Hand i of the first picture; its camera-space place is the same in the picture and in the square it was laid into."
-    right = bool(out.right[0, i])
-    vertices, joints = out.vertices[0, i], out.joints[0, i]
-    pixels = project(vertices[None], K[None])[0]
-    return FoundHand(float(peaks.score[0, i]), "right" if right else "left", float(out.side[0, i].softmax(-1)[int(right)]),
-                     torch.cat([pixels.amin(0), pixels.amax(0)]), project(joints[None], K[None])[0], joints, vertices,
-                     out.pose[0, i], out.shape[0, i], matrix_to_axis_angle(out.rotation[0, i][None])[0])
-
-# %% ../nbs/23_multihand.ipynb #85c27133
-def _distinct(hands: list[FoundHand], closest: float = 0.25) -> list[FoundHand]:
-    "Drop a hand whose centre is nearer than a quarter of its box to a better one's."
-    kept: list[FoundHand] = []
-    for hand in hands:
-        size = float((hand.box[2:] - hand.box[:2]).max())
-        gaps = [float((hand.keypoints.mean(0) - other.keypoints.mean(0)).norm()) for other in kept]
-        if all(gap > closest * size for gap in gaps): kept.append(hand)
-    return kept
 
 # %% ../nbs/23_multihand.ipynb #e62a35d4
 def match(

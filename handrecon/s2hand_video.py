@@ -373,7 +373,7 @@ def predict(
 # %% ../nbs/21_s2hand_video.ipynb #9bc108ff
 def _averaged(model: S2HandVideo, said: VideoPrediction, clips: Sequence[tuple[int, int]], scale: Float[Tensor, "B 1"], K: Float[Tensor, "B 3 3"], sigma: float) -> VideoPrediction:
     "The same hands, calmed within each clip; their lit texture is left as it was."
-    from handrecon.reconstruct import axis_angle_hand
+    from handrecon.fit import axis_angle_hand
     q, shape, wrist, scale = (x.clone() for x in (said.quaternions, said.shape, said.joints[:, 0], scale))
     for a, b in clips:
         q[a:b] = average_rotations(q[a:b].transpose(0, 1), sigma).transpose(0, 1)

@@ -9,10 +9,11 @@ from handrecon.binocular_report import CLAIMS, score
 from handrecon.binocular import (
     RECIPES, BinocularConfig, MeshPixels, MeshRegressor, Reconstruction, TransferBatch, find_in_right, fit_hand, heat_map_loss,
     interpolation_weights, joints_of, learn_prior, load, load_pairs, loss_terms, mesh_from_relief, predict, prepare_transfer, pseudo_edge_lengths,
-    prior_targets, prior_terms, PriorBatches, reconstruct_files, reconstruct_pair, right_camera_at, save, spread_points, stb_pairs, transfer)
+    prior_targets, prior_terms, PriorBatches, reconstruct_pair, right_camera_at, save, spread_points, stb_pairs, transfer)
 from handrecon.camera import project, unproject
 from handrecon.layouts import write_layout
 from handrecon.proxy_hand import proxy_hand, sample_poses, sample_shapes
+from handrecon.reconstruct import reconstruct_stereo
 from handrecon.stereo import StereoWeights, disparity_to_depth, edge_lengths
 from handrecon.stereo_pairs import STB_RIG, StereoCrops, Views, crop_pair, make_labelled, make_pairs, skin_mask
 from handrecon.training import TrainConfig
@@ -292,12 +293,12 @@ def test_own_pair_to_files(tmp_path, model, pairs):
     save(tmp_path / "net.safetensors", model)
     rig, box = views.rig, [max(0.0, v) for v in views.box_left[0].tolist()]
     box[2], box[3] = min(box[2], rig.width), min(box[3], rig.height)
-    record = reconstruct_files(tmp_path / "l.png", tmp_path / "r.png", (rig.focal, rig.cx, rig.cy, rig.baseline), box, tmp_path / "net.safetensors", tmp_path / "out")
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"l.glb", "l.overlay.png", "hands.json"}
+    record = reconstruct_stereo(tmp_path / "l.png", tmp_path / "r.png", (rig.focal, rig.cx, rig.cy, rig.baseline), box, tmp_path / "net.safetensors", tmp_path / "out")
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"l.glb", "l.npz", "l.overlay.png", "hands.json"}
     assert json.loads((tmp_path / "out/hands.json").read_text())["depth"] == pytest.approx(record["depth"])
     assert abs(record["depth"] - truth.vertices[0, :, 2].mean()) < 0.3          # an untrained network, but the boxes already say something
     with pytest.raises(ValueError, match="does not lie in"):
-        reconstruct_files(tmp_path / "l.png", tmp_path / "r.png", (rig.focal, rig.cx, rig.cy, rig.baseline), [0.0, 0, 9999, 50], tmp_path / "net.safetensors", tmp_path / "out")
+        reconstruct_stereo(tmp_path / "l.png", tmp_path / "r.png", (rig.focal, rig.cx, rig.cy, rig.baseline), [0.0, 0, 9999, 50], tmp_path / "net.safetensors", tmp_path / "out")
 
 
 def test_packaged_network_sees_a_pair_from_the_command_line(tmp_path):

@@ -56,7 +56,7 @@ def photo(tmp_path):
 
 
 def test_reconstruct(photo, tmp_path, monkeypatch):
-    from handrecon import reconstruct as R
+    from handrecon import hands as R
     fit = R.fit_to_detections
     monkeypatch.setattr(R, "fit_to_detections", lambda o, hand, init, config: fit(o, hand, init, type(config)(steps=40)))
     code, out, err = call("reconstruct", photo, "--detections", tmp_path / "det", "--out", tmp_path / "out", "--focal", 150)
@@ -186,8 +186,8 @@ def test_every_failure_is_a_sentence(monkeypatch, error, code):
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_command_leaves_nothing(tmp_path, photo, number, code):
     "Stop the program while its results are half written."
-    script = ("import sys, time, handrecon.reconstruct as r; from handrecon import cli\n"
-              "fit = r.fit_to_detections; r.fit_to_detections = lambda o, h, i, c: fit(o, h, i, type(c)(steps=3))\n"
+    script = ("import sys, time, handrecon.hands as h, handrecon.reconstruct as r; from handrecon import cli\n"
+              "fit = h.fit_to_detections; h.fit_to_detections = lambda o, h, i, c: fit(o, h, i, type(c)(steps=3))\n"
               "def slow(*a): print('writing', flush=True); time.sleep(60)\n"
               f"r.write_glb = slow; sys.argv = ['handrecon', 'reconstruct', r'{photo}', '--detections', r'{tmp_path}/det', '--out', r'{tmp_path}/out']\n"
               "cli.main()")

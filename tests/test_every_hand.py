@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from handrecon import every_hand
+from handrecon import reconstruct as R, video
 from handrecon.camera import project
-from handrecon.every_hand import Finder, as_hand_3d, choose_finder, draw_found, reconstruct_every_hand
-from handrecon.multihand import RECIPES, FoundHand, MultiHand, load, save
+from handrecon.gltf import read_animation
+from handrecon.hands import Finder, distinct_hands, find_hands, hand_of_mesh
+from handrecon.multihand import RECIPES, MultiHand, load, quarter_turned, save
 from handrecon.proxy_hand import proxy_hand, sample_poses
-from handrecon.reconstruct import InputError, Source, guess_intrinsics
+from handrecon.reconstruct import choose_finder, reconstruct_every_hand
 from handrecon.scenes import SceneConfig, make_scenes
+from handrecon.sources import InputError, Source, guess_intrinsics
 from handrecon.training import packaged
-from handrecon.video import read_animation
 from handrecon.viz import save_picture, to_picture
 
 K = torch.tensor([[200.0, 0, 64], [0, 200, 48], [0, 0, 1]])
@@ -39,8 +40,7 @@ def test_one_formula_for_both_sides(model, side):
     g = torch.Generator().manual_seed(3)
     pose, shape, rotation, place = sample_poses(1, g, side=side), torch.randn(1, 10, generator=g), torch.randn(1, 3, generator=g), torch.tensor([[0.05, -0.02, 0.6]])
     mesh = proxy_hand(side)(pose, shape, rotation, place)
-    found = FoundHand(0.7, side, 0.9, torch.zeros(4), torch.zeros(21, 2), mesh.joints[0], mesh.vertices[0], pose[0], shape[0], rotation[0])
-    hand = as_hand_3d(found, K, model)
+    hand = hand_of_mesh(side, 0.7, K, mesh.vertices[0], mesh.joints[0], pose[0], shape[0], rotation[0], model.right)
     again = proxy_hand()(hand.pose[None], hand.shape[None], hand.rotation[None], hand.translation[None]).vertices[0]
     assert torch.allclose(again * torch.tensor([-1.0 if side == "left" else 1, 1, 1]), mesh.vertices[0], atol=1e-5)
     assert (hand.side, hand.score, hand.scale) == (side, 0.7, 1.0)
@@ -79,14 +79,29 @@ def test_a_hand_is_looked_at_from_the_side_it_is_best_seen_from(turned, upright_
 
 def test_a_film_is_turned_with_the_hand_and_not_by_one_odd_frame():
     up, over = np.array([0.5, 0.2, 0.2, 0.2]), np.array([0.2, 0.2, 0.5, 0.2])
-    assert every_hand.steady_quarters(np.array([up, up, over, over, over]), 64) == [0] * 20 + [2] * 44
-    assert every_hand.steady_quarters(np.array([up, up, 0.9 * over, up, up]), 60) == [0] * 60
-    assert every_hand.steady_quarters(np.array([over]), 3) == [2, 2, 2]
+    assert video.steady_quarters(np.array([up, up, over, over, over]), 64) == [0] * 20 + [2] * 44
+    assert video.steady_quarters(np.array([up, up, 0.9 * over, up, up]), 60) == [0] * 60
+    assert video.steady_quarters(np.array([over]), 3) == [2, 2, 2]
 
 
-def test_nothing_is_drawn_where_nothing_was_found(model):
-    picture = np.full((64, 64, 3), 50, np.uint8)
-    assert (draw_found(picture, [], Finder(model)) == picture).all()
+def test_a_picture_without_hands_gives_an_empty_list(model):
+    picture, K = torch.zeros(3, 120, 200), torch.tensor([[200.0, 0, 100], [0, 200, 60], [0, 0, 1]])
+    assert find_hands(model, picture, K, min_score=0.9) == []
+    some = find_hands(model, picture, K, min_score=0.0, max_hands=3)
+    assert 1 <= len(some) <= 3 and all(a.score >= b.score for a, b in zip(some, some[1:]))
+    assert len(distinct_hands([some[0], some[0]])) == 1
+
+
+def test_a_turned_picture_holds_the_same_hands(model):
+    picture = torch.rand(3, 96, 128, generator=torch.Generator().manual_seed(1))
+    K = torch.tensor([[150.0, 0, 60], [0, 150, 50], [0, 0, 1]])
+    upright = find_hands(model, picture, K, min_score=0.0, max_hands=3, sizes=(128,))
+    turned, rolled, R = quarter_turned(picture, K)
+    again = find_hands(model, turned, rolled, min_score=0.0, max_hands=3, sizes=(128,), quarters=(3,))       # three more turns: upright once more
+    assert len(upright) == len(again) == 3
+    for a, b in zip(upright, again):
+        assert a.side == b.side and torch.allclose(a.vertices @ R.T, b.vertices, atol=1e-5)
+        assert torch.allclose(project(b.joints[None], rolled[None])[0], b.keypoints, atol=1e-3) and torch.allclose(b.box[:2], project(b.vertices[None], rolled[None])[0].amin(0), atol=1e-3)
 
 
 class Scripted(Finder):
@@ -101,7 +116,7 @@ class Scripted(Finder):
         lens, out = guess_intrinsics(source.height, source.width), []
         for side, place in self.script(frame):
             mesh = proxy_hand(side)(torch.zeros(1, 45), None, None, torch.tensor([place]))
-            out.append(as_hand_3d(FoundHand(0.9, side, 1.0, torch.zeros(4), project(mesh.joints, lens[None])[0], mesh.joints[0], mesh.vertices[0], torch.zeros(45), torch.zeros(10), torch.zeros(3)), lens, self.model))
+            out.append(hand_of_mesh(side, 0.9, lens, mesh.vertices[0], mesh.joints[0], torch.zeros(45), torch.zeros(10), torch.zeros(3), self.model.right))
         return out
 
 
@@ -154,7 +169,7 @@ def test_a_film_without_hands(model, film, tmp_path):
 
 
 def test_a_killed_search_goes_on(model, film, tmp_path, monkeypatch):
-    monkeypatch.setattr(every_hand, "BLOCK", 8)
+    monkeypatch.setattr(video, "BLOCK", 8)
     with pytest.raises(KeyboardInterrupt): reconstruct_every_hand([film], tmp_path / "out", scripted(model, crossing, killed=[19]), progress=False, fit=False)
     assert not (tmp_path / "out").exists()
     again = scripted(model, crossing)
@@ -168,7 +183,7 @@ def test_who_looks(model, tmp_path, monkeypatch):
     assert (chosen.min_score, chosen.max_hands, chosen.name) == (0.4, 3, "net") and chosen.model.config == model.config
     for given in (dict(detections="x"), dict(box=[1, 2, 3, 4]), dict(side="left"), dict(adapt=5)):
         assert choose_finder(checkpoint=tmp_path / "net.safetensors", **given) is None
-    monkeypatch.setattr(every_hand, "SHIPPED", tmp_path / "absent.safetensors")
+    monkeypatch.setattr(R, "SHIPPED_FINDER", tmp_path / "absent.safetensors")
     assert choose_finder() is None
     with pytest.raises(InputError, match="refine"): choose_finder(refine="mediapipe")
     with pytest.raises(InputError, match="min-score"): choose_finder(side="left", min_score=0.5)

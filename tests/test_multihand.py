@@ -9,8 +9,8 @@ import torch
 import handrecon.multihand as M
 from handrecon.camera import project
 from handrecon.multihand import (
-    DATASETS, RECIPES, MovedBatches, MultiHand, MultiHandConfig, PaperConfig, PaperRecipe, Predictions, Recipe, _distinct, draw_hands, find_hands, joints_known, load, load_pictures, loss_terms,
-    match, move_scenes, new_network, predict, quarter_turned, render_hands, save, scenes_from_data, split_by_hand, train_network, true_vertices)
+    DATASETS, RECIPES, MovedBatches, MultiHand, MultiHandConfig, PaperConfig, PaperRecipe, Predictions, Recipe, draw_hands, joints_known, load, load_pictures, loss_terms,
+    match, move_scenes, new_network, predict, render_hands, save, scenes_from_data, split_by_hand, train_network, true_vertices)
 from handrecon.multihand_report import average_precision, run_times, score
 from handrecon.proxy_hand import proxy_hand
 from handrecon.scenes import SceneBatches, SceneConfig, Scenes, compose, make_scenes, synthetic_cutouts
@@ -244,26 +244,6 @@ def test_average_precision_of_known_lists():
     assert average_precision(torch.tensor([0.9, 0.8]), torch.tensor([False, True]), 1) == 0.5
     assert average_precision(torch.tensor([0.9, 0.8, 0.7]), torch.tensor([True, False, True]), 2) == pytest.approx(0.5 + 0.5 * 2 / 3)
     assert average_precision(torch.zeros(0), torch.zeros(0, dtype=torch.bool), 4) == 0
-
-
-def test_a_picture_without_hands_gives_an_empty_list(model):
-    picture, K = torch.zeros(3, 120, 200), torch.tensor([[200.0, 0, 100], [0, 200, 60], [0, 0, 1]])
-    assert find_hands(model, picture, K, min_score=0.9) == []
-    some = find_hands(model, picture, K, min_score=0.0, max_hands=3)
-    assert 1 <= len(some) <= 3 and all(a.score >= b.score for a, b in zip(some, some[1:]))
-    assert len(_distinct([some[0], some[0]])) == 1
-
-
-def test_a_turned_picture_holds_the_same_hands(model):
-    picture = torch.rand(3, 96, 128, generator=torch.Generator().manual_seed(1))
-    K = torch.tensor([[150.0, 0, 60], [0, 150, 50], [0, 0, 1]])
-    upright = find_hands(model, picture, K, min_score=0.0, max_hands=3, sizes=(128,))
-    turned, rolled, R = quarter_turned(picture, K)
-    again = find_hands(model, turned, rolled, min_score=0.0, max_hands=3, sizes=(128,), quarters=(3,))       # three more turns: upright once more
-    assert len(upright) == len(again) == 3
-    for a, b in zip(upright, again):
-        assert a.side == b.side and torch.allclose(a.vertices @ R.T, b.vertices, atol=1e-5)
-        assert torch.allclose(project(b.joints[None], rolled[None])[0], b.keypoints, atol=1e-3) and torch.allclose(b.box[:2], project(b.vertices[None], rolled[None])[0].amin(0), atol=1e-3)
 
 
 def test_a_second_hand_costs_no_second_pass(model):

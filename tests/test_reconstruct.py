@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from handrecon import hands as H
 from handrecon import reconstruct as R
+from handrecon import sources as S
 from handrecon.camera import project
 from handrecon.keypoints import Detections, write_openpose, write_s2hand_detections
 from handrecon.proxy_hand import posture, proxy_hand
@@ -22,8 +24,8 @@ HEIGHT, WIDTH = 96, 128
 def true_joints(side="right", shift=0.0):
     "A relaxed hand before the guessed camera; its joints in the picture."
     mesh = proxy_hand()(posture("relaxed")[None], rotation=torch.tensor([[-1.4, 0.3, 0.2]]), translation=torch.tensor([[-0.08 + shift, 0.0, 0.45]]))
-    uv = project(mesh.joints, R.guess_intrinsics(HEIGHT, WIDTH)[None])
-    return (R.mirror_points(uv, WIDTH) if side == "left" else uv)[0], mesh
+    uv = project(mesh.joints, S.guess_intrinsics(HEIGHT, WIDTH)[None])
+    return (H.mirror_points(uv, WIDTH) if side == "left" else uv)[0], mesh
 
 
 def picture(path, height=HEIGHT, width=WIDTH):
@@ -80,9 +82,9 @@ def test_left_is_the_mirror_of_right(tmp_path):
     hands = {}
     for side in ("right", "left"):
         openpose(tmp_path / side, "photo", side)
-        source, = R.find_sources([picture(tmp_path / "photo.png")])
-        found, = R.pair_detections(source, tmp_path / side)
-        hands[side], = R.reconstruct_hands([read_picture(source.path)], [R.guess_intrinsics(HEIGHT, WIDTH)], found, config=QUICK)
+        source, = S.find_sources([picture(tmp_path / "photo.png")])
+        found, = S.pair_detections(source, tmp_path / side)
+        hands[side], = H.reconstruct_hands([read_picture(source.path)], [S.guess_intrinsics(HEIGHT, WIDTH)], found, config=QUICK)
     flip = torch.tensor([-1.0, 1, 1])
     assert torch.allclose(hands["left"].vertices, hands["right"].vertices * flip, atol=2e-4)
     assert torch.allclose(hands["left"].pose, hands["right"].pose, atol=5e-3)
@@ -99,9 +101,9 @@ def test_a_video_with_gaps(tmp_path):
     assert [hand["frame"] for hand in written["hands"]] == [1, 2, 4, 5]
     assert [hand["vertices_row"] for hand in written["hands"]] == [0, 1, 2, 3]
     assert np.load(tmp_path / "out/clip.npz")["vertices"].shape == (4, proxy_hand().n_vertices, 3)
-    again, = R.find_sources([tmp_path / "out/clip.overlay.mp4"])
+    again, = S.find_sources([tmp_path / "out/clip.overlay.mp4"])
     assert (again.frames, again.height, again.width, again.fps) == (6, HEIGHT, WIDTH, 10)
-    drawn = [np.ptp(frame.astype(int), axis=(0, 1)).max() for frame in R.read_frames(again)]
+    drawn = [np.ptp(frame.astype(int), axis=(0, 1)).max() for frame in S.read_frames(again)]
     assert min(drawn[i] for i in (1, 2, 4, 5)) > 60 > max(drawn[i] for i in (0, 3))
 
 
@@ -112,7 +114,7 @@ def test_odd_sizes_folders_and_same_names(tmp_path):
         picture(tmp_path / "in" / name, 65, 67)
     (tmp_path / "in/readme.txt").write_text("not a picture")
     picture(tmp_path / "in/c.overlay.png")
-    assert [s.name for s in R.find_sources([tmp_path / "in"])] == ["b_mp4", "b_png", "c"]
+    assert [s.name for s in S.find_sources([tmp_path / "in"])] == ["b_mp4", "b_png", "c"]
 
 
 def test_a_network_without_detections(tmp_path, network):
@@ -128,7 +130,7 @@ def test_a_network_without_detections(tmp_path, network):
 
 def test_a_network_with_detections(tmp_path, network):
     openpose(tmp_path / "det", "photo")
-    source, = R.find_sources([picture(tmp_path / "photo.png")])
+    source, = S.find_sources([picture(tmp_path / "photo.png")])
     for fit in (True, False):
         summary, = R.reconstruct([source.path], tmp_path / "out", network, tmp_path / "det", fit=fit, config=QUICK, progress=False)
         assert summary.before is not None and (summary.after is not None) == fit
@@ -144,8 +146,8 @@ def test_s2hand_detections_find_their_picture(tmp_path):
     xy, _ = true_joints()
     other = xy / 2
     write_s2hand_detections(tmp_path / "all.json", Detections(["x.jpg", "photo.jpg"], torch.stack([other, xy]), torch.ones(2, 21)))
-    source, = R.find_sources([picture(tmp_path / "photo.jpg")])
-    (hand,), = R.pair_detections(source, tmp_path / "all.json")
+    source, = S.find_sources([picture(tmp_path / "photo.jpg")])
+    (hand,), = S.pair_detections(source, tmp_path / "all.json")
     assert (hand.xy - xy).abs().max() <= 0.5 and hand.side == "right"
 
 
@@ -155,8 +157,8 @@ def test_a_hand_found_twice_counts_once(tmp_path):
     for shift, hands in ((0.1, 1), (0.5, 2)):
         both = torch.stack([xy, xy + shift * size * torch.tensor([-1.0, 0])])
         write_openpose(tmp_path / "det", Detections(["photo"] * 2, both, torch.tensor([0.7, 0.9])[:, None].expand(2, 21), ["right"] * 2))
-        source, = R.find_sources([picture(tmp_path / "photo.png")])
-        found, = R.pair_detections(source, tmp_path / "det")
+        source, = S.find_sources([picture(tmp_path / "photo.png")])
+        found, = S.pair_detections(source, tmp_path / "det")
         assert len(found) == hands and (found[0].confidence[0] == (0.9 if hands == 1 else 0.7))
 
 
@@ -171,10 +173,10 @@ def test_two_hands_in_one_photo(tmp_path):
 
 
 def test_growing_array_and_chunks(tmp_path, monkeypatch):
-    source, = R.find_sources([video(tmp_path / "clip.mp4", 70, 32, 32)])
-    assert [len(c) for c in R.in_chunks([source], [[[]] * 70])] == [32, 32, 6]
-    monkeypatch.setattr(R, "CHUNK_BYTES", 2 * 32 * 32 * 3)
-    assert {len(c) for c in R.in_chunks([source], [[[]] * 70])} == {2}
+    source, = S.find_sources([video(tmp_path / "clip.mp4", 70, 32, 32)])
+    assert [len(c) for c in S.in_chunks([source])] == [32, 32, 6]
+    monkeypatch.setattr(S, "CHUNK_BYTES", 2 * 32 * 32 * 3)
+    assert {len(c) for c in S.in_chunks([source])} == {2}
 
 
 def broken(tmp_path, kind):
@@ -278,14 +280,15 @@ def test_an_error_in_the_middle_leaves_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_the_network_s_own_2d_branch_feeds_the_fit(monkeypatch, side):
     "A branch that is told the true joints: the fit must follow it, in the picture's own pixels, whichever hand it is."
-    from handrecon import reconstruct as module
-    from handrecon.reconstruct import Hand2D, reconstruct_hands
+    from handrecon import hands as module
+    from handrecon.hands import reconstruct_hands
+    from handrecon.sources import Hand2D
     from handrecon.synthetic import SyntheticConfig, make_batch
     seen, known = make_batch(1, seed=4, config=SyntheticConfig(image_size=128, view_spread=0.2, occluder=0.0))
     torch.manual_seed(0)
     network = S2Hand(S2HandConfig(backbone="small", image_size=64, rotation="6d", canonical_focal=2.14, z_bias=0.45, bone_length=0.0,
                                   branch_stacks=1, branch_modules=1, branch_width=8, branch_depth=1), proxy_hand(n_pca=30, flat_hand_mean=False))
-    monkeypatch.setattr(module, "detect", lambda model, image: (known.keypoints * 64 / 128, torch.ones(1, 21)))
+    monkeypatch.setattr(module, "detect_keypoints", lambda model, image: (known.keypoints * 64 / 128, torch.ones(1, 21)))
     for name, value in (("LOOKS", 1), ("QUARTERS", (0.0,))): monkeypatch.setattr(module, name, value)      # it tells them for the crop as it is
     picture = (seen.image[0].permute(1, 2, 0).numpy() * 255).astype(np.uint8)
     K, truth = seen.K[0].clone(), known.keypoints[0].clone()
@@ -319,17 +322,17 @@ class Camera:
 @pytest.mark.parametrize("last, ends, frames, taken", [(20, True, None, 20), (20, False, None, 20), (20, False, 7, 7), (3, False, 7, 3), (1, True, None, 1)])
 def test_a_film_ends_by_number_by_itself_or_by_ctrl_c(tmp_path, last, ends, frames, taken):
     camera, tick = Camera(last, ends), iter(range(1000))
-    assert R.take_film(camera, tmp_path / "camera0.mp4", frames, clock=lambda: next(tick) / 12) == taken and camera.released
-    source, = R.find_sources([tmp_path / "camera0.mp4"])
+    assert S.take_film(camera, tmp_path / "camera0.mp4", frames, clock=lambda: next(tick) / 12) == taken and camera.released
+    source, = S.find_sources([tmp_path / "camera0.mp4"])
     assert source.frames == taken and (taken == 1 or abs(source.fps - 12) < 0.01)
-    grey = [float(x.mean()) for x in R.read_frames(source)]
+    grey = [float(x.mean()) for x in S.read_frames(source)]
     assert np.abs(np.array(grey) - 8 * np.arange(1, taken + 1)).max() < 6
 
 
 def test_a_camera_s_film_joins_the_results(tmp_path, monkeypatch, network):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(R, "open_camera", lambda number: Camera(6))
-    with R.filmed(["camera:1"], tmp_path / "out", 4) as sources:
+    monkeypatch.setattr(S, "open_camera", lambda number: Camera(6))
+    with S.filmed(["camera:1"], tmp_path / "out", 4) as sources:
         summary, = R.reconstruct(sources, tmp_path / "out", network, box=(0, 0, 64, 64), progress=False)
     assert summary.source.frames == 4 and {"camera1.mp4", "camera1.overlay.mp4", "hands.json"} <= {p.name for p in (tmp_path / "out").iterdir()}
     assert json.loads((tmp_path / "out/hands.json").read_text())["sources"][0]["file"] == "camera1.mp4"
@@ -339,9 +342,9 @@ def test_a_camera_s_film_joins_the_results(tmp_path, monkeypatch, network):
     (["camera:0"], {}, "opened, but no picture"), (["camera:"], {}, "camera's number"), (["camera:x"], {}, "camera's number"), (["camera:97"], {"real": True}, "camera:97: no such camera"),
     (["camera:0", "a.mp4"], {}, "alone"), (["camera:0"], {"detections": "det"}, "no detections"), (["a.mp4"], {"frames": 3}, "--frames is for a camera")])
 def test_camera_mistakes(tmp_path, monkeypatch, inputs, options, words, capfd):
-    if not options.pop("real", False): monkeypatch.setattr(R, "open_camera", lambda number: Camera(0))
-    with pytest.raises(R.InputError, match=words):
-        with R.filmed(inputs, tmp_path / "out", **options): raise AssertionError("should not begin")
+    if not options.pop("real", False): monkeypatch.setattr(S, "open_camera", lambda number: Camera(0))
+    with pytest.raises(S.InputError, match=words):
+        with S.filmed(inputs, tmp_path / "out", **options): raise AssertionError("should not begin")
     assert not (tmp_path / "out").exists() and capfd.readouterr().err == ""
 
 
@@ -352,10 +355,10 @@ def test_nearer_hands_hide_farther_ones(tmp_path, network):
         mesh = proxy_hand()(torch.zeros(1, 45), None, None, torch.tensor([[0.0, 0.0, z]]))
         v, j = mesh.vertices[0], mesh.joints[0]
         flip = torch.tensor([-1.0 if side == "left" else 1.0, 1, 1])
-        K = R.guess_intrinsics(HEIGHT, WIDTH)
-        found.append(R.Hand3D(side, K, torch.tensor([0.0, 0, 64, 64]), 1.0, v * flip, j * flip, torch.full((21, 2), -50.0), torch.zeros(45), torch.zeros(10), torch.zeros(3), torch.tensor([0, 0, z]), 1.0, None, None, None))
+        K = S.guess_intrinsics(HEIGHT, WIDTH)
+        found.append(H.Hand3D(side, K, torch.tensor([0.0, 0, 64, 64]), 1.0, v * flip, j * flip, torch.full((21, 2), -50.0), torch.zeros(45), torch.zeros(10), torch.zeros(3), torch.tensor([0, 0, z]), 1.0, None, None, None))
     path = picture(tmp_path / "a.png")
-    source, = R.find_sources([path or tmp_path / "a.png"])
+    source, = S.find_sources([path or tmp_path / "a.png"])
     (tmp_path / "w").mkdir()
     writer, blank = R.SourceWriter(source, tmp_path / "w", proxy_hand()), np.zeros((HEIGHT, WIDTH, 3), np.uint8)
     one, other, near = writer._drawn(blank, found), writer._drawn(blank, found[::-1]), writer._drawn(blank, found[:1])

@@ -11,7 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from handrecon import fit as F
+from handrecon import gltf as G
+from handrecon import hands as H
 from handrecon import reconstruct as R
+from handrecon import sources as S
 from handrecon import video as V
 from handrecon.camera import project
 from handrecon.keypoints import Detections, write_openpose
@@ -54,7 +58,7 @@ def clip(film, tmp_path_factory):
 
 
 def hand(x, y=50.0, side="right", size=40.0):
-    return R.Hand2D(torch.tensor([x - size / 2, y - size / 2, x + size / 2, y + size / 2]), side, torch.full((21, 2), x), torch.ones(21))
+    return S.Hand2D(torch.tensor([x - size / 2, y - size / 2, x + size / 2, y + size / 2]), side, torch.full((21, 2), x), torch.ones(21))
 
 
 # ---- tracks
@@ -93,7 +97,7 @@ def test_answers_for_the_wrong_side_are_not_used():
 
 def test_what_a_fit_keeps_of_a_frame_is_small():
     "A thousand frames' pictures would be memory that grows with the film."
-    seen = R.crop_observation(None, torch.eye(3), hand(50.0), 224, False)
+    seen = H.crop_observation(None, torch.eye(3), hand(50.0), 224, False)
     assert sum(getattr(seen, f).nbytes for f in seen.__dataclass_fields__) < 1000
 
 
@@ -110,7 +114,7 @@ def test_steady_boxes_do_not_tremble():
 def test_interpolation_passes_through_its_keys():
     g = torch.Generator().manual_seed(1)
     from handrecon.rotation import matrix_to_quaternion, random_rotations
-    keys = V.Placed(torch.randn(3, 45, generator=g), torch.randn(3, 10, generator=g), random_rotations(3, g), torch.randn(3, 3, generator=g))
+    keys = V.HandState(torch.randn(3, 45, generator=g), torch.randn(3, 10, generator=g), random_rotations(3, g), torch.randn(3, 3, generator=g))
     at = torch.tensor([2.0, 6.0, 9.0])
     again = V.interpolate(keys, at, at)
     assert torch.allclose(again.pose, keys.pose) and torch.allclose(again.rotation, keys.rotation, atol=1e-5)
@@ -143,24 +147,24 @@ def clip_of(side, frames=4):
     g, model = torch.Generator().manual_seed(2), proxy_hand()
     if side == "left": model = HandModel(mirror_arrays({n: getattr(model, n).numpy() for n in model.ARRAYS}), "left", fingertips=model.fingertips)
     pose = torch.stack([torch.lerp(posture("fist"), posture("pinch"), torch.tensor(t / 3)) for t in range(frames)])
-    return V.Clip(model, torch.randn(10, generator=g).numpy(), np.arange(frames) / 25, pose.numpy(), (2 * torch.randn(frames, 3, generator=g)).numpy(),
+    return G.Clip(model, torch.randn(10, generator=g).numpy(), np.arange(frames) / 25, pose.numpy(), (2 * torch.randn(frames, 3, generator=g)).numpy(),
                   torch.randn(frames, 3, generator=g).numpy(), np.linspace(0.8, 1.2, frames).astype(np.float32), np.array([True, True, False, True]), None)
 
 
 def test_the_animation_is_the_hand_models_own(tmp_path):
     clips = [clip_of("right"), clip_of("left")]
-    V.write_animation(tmp_path / "two.glb", clips)
+    G.write_animation(tmp_path / "two.glb", clips)
     for t in (0, 1, 3):
-        for c, found in zip(clips, V.read_animation(tmp_path / "two.glb", t)):
+        for c, found in zip(clips, G.read_animation(tmp_path / "two.glb", t)):
             row = lambda x: torch.from_numpy(np.asarray(x[t:t + 1], np.float32))
             mesh = c.model(row(c.pose), torch.from_numpy(c.shape)[None], row(c.rotation), row(c.translation), row(c.scale))
             assert np.abs(found - mesh.vertices[0].numpy() * [1, -1, -1]).max() < 5e-6
-    gone = V.read_animation(tmp_path / "two.glb", 2)[0]
+    gone = G.read_animation(tmp_path / "two.glb", 2)[0]
     assert np.ptp(gone, axis=0).max() < 1e-6                                 # nothing to see
 
 
 def test_the_glb_keeps_the_formats_rules(tmp_path):
-    V.write_animation(tmp_path / "a.glb", [clip_of("right")])
+    G.write_animation(tmp_path / "a.glb", [clip_of("right")])
     data = (tmp_path / "a.glb").read_bytes()
     size = struct.unpack("<I", data[12:16])[0]
     tree, body = json.loads(data[20:20 + size]), data[28 + size:]
@@ -190,7 +194,7 @@ def test_the_glb_keeps_the_formats_rules(tmp_path):
 
 def test_another_library_reads_the_glb(tmp_path):
     trimesh = pytest.importorskip("trimesh")
-    V.write_animation(tmp_path / "a.glb", [clip_of("right")])
+    G.write_animation(tmp_path / "a.glb", [clip_of("right")])
     scene = trimesh.load(tmp_path / "a.glb", process=False)
     mesh, = scene.geometry.values()
     assert mesh.vertices.shape == (proxy_hand().n_vertices, 3) and len(mesh.faces) == proxy_hand().n_faces
@@ -199,7 +203,7 @@ def test_another_library_reads_the_glb(tmp_path):
 @pytest.mark.parametrize("path, clips, words", [("a.gltf", 1, "ending in .glb"), ("a.glb", 0, "no hand")])
 def test_animation_mistakes(tmp_path, path, clips, words):
     with pytest.raises(ValueError, match=words):
-        V.write_animation(tmp_path / path, [clip_of("right")] * clips)
+        G.write_animation(tmp_path / path, [clip_of("right")] * clips)
 
 
 # ---- beginning to end
@@ -215,9 +219,9 @@ def test_upright_crops_make_the_network_blind_to_roll(network):
     seen = make_sequences(2, 5, SequenceConfig(SyntheticConfig(image_size=network.config.image_size, view_spread=0.2), frames=8)).observation
     one, zero = torch.ones(16), torch.zeros(16, 2)
     upside, _ = move_camera(seen, torch.full((16,), 3.0), one, zero)
-    distance = lambda roll: (R.ask(network, upside, roll)[0].keypoints - upside.keypoints).norm(dim=-1)[upside.confidence > 0].median()
-    assert distance(R.upright_roll(upside.keypoints, upside.confidence)) < 0.6 * distance(torch.zeros(16))
-    assert torch.equal(R.upright_roll(seen.keypoints, torch.zeros(16, 21)), torch.zeros(16))
+    distance = lambda roll: (H.predict_upright(network, upside, roll)[0].keypoints - upside.keypoints).norm(dim=-1)[upside.confidence > 0].median()
+    assert distance(H.upright_roll(upside.keypoints, upside.confidence)) < 0.6 * distance(torch.zeros(16))
+    assert torch.equal(H.upright_roll(seen.keypoints, torch.zeros(16, 21)), torch.zeros(16))
 
 
 def test_a_video_from_beginning_to_end(clip, network, tmp_path):
@@ -229,18 +233,18 @@ def test_a_video_from_beginning_to_end(clip, network, tmp_path):
     assert len(shapes) == 1 and written["sources"][0]["meshes"] == [{"file": "clip.glb", "mesh": 0, "side": "right", "frames": 14, "plots": "clip.plots.png"}]
     stored = np.load(tmp_path / "out/clip.npz")["vertices"]
     for h in written["hands"][::5]:
-        said = V.read_animation(tmp_path / "out/clip.glb", h["frame"])[0] * [1, -1, -1]
+        said = G.read_animation(tmp_path / "out/clip.glb", h["frame"])[0] * [1, -1, -1]
         assert np.abs(said - stored[h["vertices_row"]]).max() < 2e-5
-    assert np.ptp(V.read_animation(tmp_path / "out/clip.glb", 6)[0], axis=0).max() < 1e-6
+    assert np.ptp(G.read_animation(tmp_path / "out/clip.glb", 6)[0], axis=0).max() < 1e-6
     assert not (V.cache_folder() / "video").exists() or not any((V.cache_folder() / "video").iterdir())
 
 
 def test_a_killed_run_goes_on(clip, network, tmp_path, monkeypatch):
-    source, = R.find_sources([clip / "clip.mp4"])
-    hands = R.pair_detections(source, clip / "det")
-    solve = lambda: V.solve_video(source, hands, network, R.axis_angle_hand(network.hand), config=QUICK, smooth=SMOOTH, progress=False)
-    calls, ask, descend = [], V.ask, V.descend
-    monkeypatch.setattr(V, "ask", lambda *a: calls.append("network") or ask(*a))
+    source, = S.find_sources([clip / "clip.mp4"])
+    hands = S.pair_detections(source, clip / "det")
+    solve = lambda: V.solve_video(source, hands, network, F.axis_angle_hand(network.hand), config=QUICK, smooth=SMOOTH, progress=False)
+    calls, ask, descend = [], V.predict_upright, V.descend
+    monkeypatch.setattr(V, "predict_upright", lambda *a: calls.append("network") or ask(*a))
 
     def killed(*a, **k):
         calls.append("fit")
@@ -271,8 +275,8 @@ def test_a_broken_piece_is_made_again(tmp_path):
 
 
 def test_adaptation_reports_before_and_after(clip, network):
-    source, = R.find_sources([clip / "clip.mp4"])
-    hands = R.pair_detections(source, clip / "det")
+    source, = S.find_sources([clip / "clip.mp4"])
+    hands = S.pair_detections(source, clip / "det")
     tracks = V.link_tracks(hands)
     films = V.track_films(source, V.steady(hands, tracks), tracks, network.config.image_size, None)
     assert len(films) == 14 and films.clips == [(6, 14)] or films.clips                          # six frames are too few
@@ -289,8 +293,8 @@ def test_an_adaptation_that_makes_the_hand_jump_is_told_and_not_used(clip, netwo
     worse, better = V.Adaptation(None, before, before | {"ACC": 1.5}), V.Adaptation(None, before, before | {"ACC": 0.5})
     assert not worse.helped and "not used" in str(worse) and better.helped and "not used" not in str(better)
     monkeypatch.setattr(V, "_adapted", lambda *_: worse)                                         # whose network is none at all
-    source, = R.find_sources([clip / "clip.mp4"])
-    hands = R.pair_detections(source, clip / "det")
+    source, = S.find_sources([clip / "clip.mp4"])
+    hands = S.pair_detections(source, clip / "det")
     solve = lambda steps: V.solve_video(source, hands, network, network.hand, None, False, adapt_steps=steps, progress=False)
     assert np.array_equal(solve(3).found.values["pose"], solve(0).found.values["pose"])
 
