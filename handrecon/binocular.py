@@ -15,7 +15,6 @@ __all__ = ['FARTHEST_HAND', 'RECIPES', 'DATASETS', 'HELD_OUT_SEED', 'BinocularCo
 import hashlib
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -33,12 +32,13 @@ from .camera import crop_images, project, square_box, unproject
 from .conventions import joint_limits
 from .datasets import STB
 from .files import atomic_path
+from .kernels import moved
 from .mano import HandMesh, HandModel
 from .networks import make_backbone
 from .proxy_hand import posture, proxy_hand, sample_poses, sample_shapes
 from .render import Rendering, render
 from .rotation import matrix_to_axis_angle, matrix_to_rotation_6d, rotation_6d_to_matrix
-from .s2hand import lend_backbone
+from .s2hand import load_backbone_from
 from .stereo import (
     StereoWeights, chamfer_loss, depth_to_disparity, disparity_to_depth, edge_lengths, edge_loss, laplacian_loss, mask_loss, mesh_edges, neighbour_matrix,
     normal_loss, occlusion_mask, photo_consistency, warp)
@@ -105,7 +105,7 @@ class MeshRegressor(nn.Module):
         super().__init__()
         self.config, self.hand = config, hand
         self.backbone = make_backbone(config.backbone, None if config.encoder in ("", "s2hand") else config.encoder).eval()  # the first look must not move statistics
-        if config.encoder == "s2hand": lend_backbone(self.backbone)
+        if config.encoder == "s2hand": load_backbone_from(self.backbone)
         with torch.no_grad():
             dims = [x.shape[1] for x in self.backbone.pyramid(torch.zeros(1, 3, config.image_size, config.image_size))[1]]
         self.backbone.train()
@@ -605,3 +605,13 @@ def find_in_right(left: UInt8[np.ndarray, "H W 3"], right: UInt8[np.ndarray, "H 
     score = cv2.matchTemplate(right[v0:v1, first:last + (u1 - u0)], left[v0:v1, u0:u1], cv2.TM_CCOEFF_NORMED)[0]
     shift = u0 - (first + int(score.argmax()))
     return box - torch.tensor([shift, 0, shift, 0])
+
+# %% ../nbs/22_binocular.ipynb #973d0130
+__getattr__ = moved(__name__, {
+    "CLAIMS": "handrecon.binocular_report.CLAIMS",
+    "score": "handrecon.binocular_report.score",
+    "joint_errors": "handrecon.binocular_report.joint_errors",
+    "report_grid": "handrecon.binocular_report.report_grid",
+    "reconstruct_files": "handrecon.reconstruct.reconstruct_stereo",
+    "aside": "handrecon.binocular.right_camera_at",
+    "own_edges": "handrecon.binocular.pseudo_edge_lengths"})

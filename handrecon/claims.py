@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .conventions import nearest
+from .kernels import moved
 
 # %% ../nbs/19_claims.ipynb #b60f6d6e
 Number = float | int
@@ -241,3 +242,24 @@ def command(claim: Claim, run: Run, seed: int) -> str:
     changes = "".join(f" --set {shlex.quote(f'{k}={value(v)}')}" for k, v in run.overrides.items())
     dataset = "" if run.dataset == "synthetic" else f" --dataset {run.dataset}"
     return f"handrecon reproduce {claim.system} --profile {run.profile}{dataset}{changes} --seed {seed}"
+
+# %% ../nbs/19_claims.ipynb #c2c4634f
+__getattr__ = moved(__name__, {
+    "expected_config": "handrecon.ledger.expected_config",
+    "read_record": "handrecon.ledger.read_record",
+    "record_path": "handrecon.ledger.record_path",
+    "read_records": "handrecon.ledger.read_records",
+    "measure": "handrecon.ledger.measure",
+    "all_claims": "handrecon.ledger.all_claims",
+    "find_claims": "handrecon.ledger.find_claims",
+    "handbook_folder": "handrecon.ledger.handbook_folder",
+    "at_profile": "handrecon.ledger.at_profile",
+    "ledger_row": "handrecon.ledger.ledger_row",
+    "missing_runs": "handrecon.ledger.missing_runs",
+    "make_record": "handrecon.ledger.make_record",
+    "run_claim": "handrecon.ledger.run_claim",
+    "run_claims": "handrecon.ledger.run_claims",
+    "forest_plot": "handrecon.ledger.forest_plot",
+    "page": "handrecon.ledger.page",
+    "update": "handrecon.ledger.update",
+    "PAPERS": "handrecon.ledger.PAPERS"})

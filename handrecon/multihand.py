@@ -27,13 +27,14 @@ from .centermap import (
     CENTER_BIAS, Peaks, cell_centers, cells_of, decode, draw_gaussians, draw_targets, focal_loss, gather_patches, hand_centers, local_soft_argmax, ray_rotation)
 from .datasets import HandData, open_data
 from .harmonics import shade_harmonics
+from .kernels import moved
 from .losses import bone_directions, joint_limit_loss
 from .mano import HandModel, mirror_rotation
 from .networks import MEAN_SKIN, make_backbone
 from .proxy_hand import proxy_hand
 from .render import Rendering, render, vertex_normals
 from .rotation import axis_angle_to_matrix, matrix_to_axis_angle, rotation_6d_to_matrix
-from .s2hand import lend_backbone
+from .s2hand import load_backbone_from
 from .scenes import SceneBatches, SceneConfig, Scenes, compose, data_cutouts, load_scenes, pack, synthetic_cutouts, unpack
 from .training import History, TrainConfig, batch_seed, fit, load_checkpoint, load_weights, packaged, save_checkpoint
 from .viz import overlay
@@ -135,7 +136,7 @@ class MapNetwork(nn.Module):
         super().__init__()
         self.config = config
         self.backbone = make_backbone(config.backbone, None if config.weights == "s2hand" else config.weights or None)
-        if config.weights == "s2hand": lend_backbone(self.backbone)
+        if config.weights == "s2hand": load_backbone_from(self.backbone)
         with torch.no_grad():
             levels = [x.shape[1] for x in self.backbone.pyramid(torch.zeros(2, 3, 64, 64))[1]]
         C = config.channels
@@ -779,3 +780,19 @@ def draw_hands(
     wound = torch.cat([(faces if side == "right" else faces.flip(1)) + i * n for i, (side, _) in enumerate(hands)])
     colour = torch.cat([torch.tensor(SIDE_COLORS[side]).expand(n, 3) for side, _ in hands])
     return overlay(picture, torch.cat([v for _, v in hands]), wound, K, color=colour, opacity=opacity)
+
+# %% ../nbs/23_multihand.ipynb #adbaaa75
+__getattr__ = moved(__name__, {
+    "CLAIMS": "handrecon.multihand_report.CLAIMS",
+    "average_precision": "handrecon.multihand_report.average_precision",
+    "score": "handrecon.multihand_report.score",
+    "by_count": "handrecon.multihand_report.by_count",
+    "look_at_once": "handrecon.multihand_report.look_at_once",
+    "run_times": "handrecon.multihand_report.run_times",
+    "report_grid": "handrecon.multihand_report.report_grid",
+    "answer": "handrecon.multihand.predict",
+    "Answers": "handrecon.multihand.Predictions",
+    "agreed": "handrecon.multihand.average_with_mirror",
+    "start": "handrecon.multihand.new_network",
+    "find_hands": "handrecon.hands.find_hands",
+    "FoundHand": "handrecon.hands.Hand3D"})

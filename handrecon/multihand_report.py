@@ -13,7 +13,7 @@ from dataclasses import fields
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
 from .claims import Claim, Run, all_of, close, half_of, not_comparable, ordering, ratio_at_most, within

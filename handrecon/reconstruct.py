@@ -30,6 +30,7 @@ from .binocular import MeshRegressor, find_in_right, fit_hand, joints_of, load a
 from .camera import project
 from .fit import axis_angle_hand, FitConfig
 from .hands import Finder, Hand3D, reconstruct_hands
+from .kernels import moved
 from .mano import HandModel
 from .multihand import load as load_multihand
 from .proxy_hand import proxy_hand
@@ -494,3 +495,23 @@ def system_of(path: Path) -> str:
     "The system that a checkpoint belongs to; an empty word where it cannot be read, which others will explain."
     try: return load_checkpoint(path).meta["system"]
     except ValueError: return ""
+
+# %% ../nbs/43_reconstruct.ipynb #d0577ddb
+__getattr__ = moved(__name__, {
+    "PICTURE_ENDINGS": "handrecon.sources.PICTURE_ENDINGS",
+    "VIDEO_ENDINGS": "handrecon.sources.VIDEO_ENDINGS",
+    "SMALLEST_SIDE": "handrecon.sources.SMALLEST_SIDE",
+    "camera_number": "handrecon.sources.camera_number",
+    "open_camera": "handrecon.sources.open_camera",
+    "CameraFilm": "handrecon.sources.CameraFilm",
+    "take_film": "handrecon.sources.take_film",
+    "filmed": "handrecon.sources.filmed",
+    "detection_path": "handrecon.sources.detection_path",
+    "without_doubles": "handrecon.sources.without_doubles",
+    "BOX_MARGIN": "handrecon.sources.BOX_MARGIN",
+    "crop_observation": "handrecon.hands.crop_observation",
+    "stack": "handrecon.hands.stack",
+    "upright_roll": "handrecon.hands.upright_roll",
+    "look_for_joints": "handrecon.hands.look_for_joints",
+    "ask": "handrecon.hands.predict_upright",
+    "guessed": "handrecon.hands.predicted_values"})

@@ -21,6 +21,7 @@ from torch import Tensor
 from . import s2hand
 from .camera import move_camera, project
 from .conventions import Observation, Truth
+from .kernels import moved
 from .mano import transform_mesh
 from .networks import Appearance, HandCode
 from .proxy_hand import proxy_hand
@@ -395,3 +396,11 @@ def load(source: str | Path = "s2hand", hand=None, video: VideoConfig | None = N
     model = S2HandVideo(config, hand or proxy_hand(n_pca=config.n_pca, flat_hand_mean=False), video or VideoConfig(**meta.get("video", {})))
     load_weights(model, weights, source)
     return model.eval()
+
+# %% ../nbs/21_s2hand_video.ipynb #505a2ef0
+__getattr__ = moved(__name__, {
+    "CLAIMS": "handrecon.s2hand_video_report.CLAIMS",
+    "consistency": "handrecon.s2hand_video_report.consistency",
+    "score": "handrecon.s2hand_video_report.score",
+    "truth_as_prediction": "handrecon.s2hand_video_report.truth_as_prediction",
+    "film_strip": "handrecon.s2hand_video_report.film_strip"})

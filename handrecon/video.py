@@ -34,6 +34,7 @@ from .fit import axis_angle_hand, FitConfig, HandState, Term, descend, detection
 from .gltf import Clip, write_animation
 from .hands import (
     Finder, Hand3D, crop_observation, predict_upright, predicted_values, side_flip, stack, upright_roll)
+from .kernels import moved
 from .mano import HandModel, mirror_arrays, mirror_rotation
 from .mano_files import cache_folder
 from .rotation import (
@@ -689,3 +690,8 @@ def solve_found(source: Source, finder: Finder, fit: bool = True, progress: bool
     result = solve_video(source, as_detections(found, source.frames), None, finder.model.right, finder.focal, fit, progress=progress, known=known, keep=keep)
     result.found.values["after"][:] = np.nan       # distance to what the finder itself said: not an error
     return result
+
+# %% ../nbs/42_video.ipynb #5a527954
+__getattr__ = moved(__name__, {
+    "Placed": "handrecon.fit.HandState",
+    "read_animation": "handrecon.gltf.read_animation"})

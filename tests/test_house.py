@@ -70,10 +70,8 @@ def test_private_names_do_not_cross_rooms():
 # ── lessons ─────────────────────────────────────────────────────────────────
 
 LONGEST = 25           # lines of code of an export cell; kernels and classes excepted
-WORDS_A_LINE = 6       # of prose, for each exported line: asked of the lessons that were written anew
-REWRITTEN = {"kernels", "fit", "detector", "protocols", "claims", "s2hand", "s2hand_report", "s2hand_video", "s2hand_video_report", "binocular", "binocular_report",
-             "multihand", "multihand_report", "ledger", "sources", "hands", "video", "gltf", "reconstruct"}
-JUSTIFIED = json.loads((ROOT / "tests/data/house_exceptions.json").read_text())   # module -> complaints of functions that are one thought although long
+WORDS_A_LINE = 6       # of prose, for each exported line
+MOST = json.loads((ROOT / "tests/data/house_exceptions.json").read_text())   # module -> complaints it still has; a number may fall, never rise
 
 
 def code_lines(source):
@@ -110,11 +108,12 @@ def complaints(cells):
     return found
 
 
-@pytest.mark.parametrize("path", [p for p in LESSONS if p.stem.partition("_")[2] in REWRITTEN], ids=lambda p: p.stem)
-def test_exported_code_is_a_lesson(path):
-    name = path.stem.partition("_")[2]
-    found = [c for c in complaints(nbformat.read(path, 4).cells) if f"{c[0]}: {c[1]}" not in JUSTIFIED.get(name, {})]
-    assert not found, found
+@pytest.mark.parametrize("module", sorted(MOST))
+def test_exported_code_is_a_lesson(module):
+    "The lessons that were written or cut anew. Those that are not finished have a number of complaints that they must not exceed."
+    path = next(p for p in LESSONS if p.stem.partition("_")[2] == module)
+    found = complaints(nbformat.read(path, 4).cells)
+    assert len(found) <= MOST[module], found
 
 
 def test_the_check_of_lessons_sees_a_listing():
