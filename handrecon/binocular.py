@@ -32,7 +32,7 @@ from .camera import crop_images, project, square_box, unproject
 from .conventions import joint_limits
 from .datasets import STB
 from .files import atomic_path
-from .kernels import moved
+from .kernels import moved as moved_names
 from .mano import HandMesh, HandModel
 from .networks import make_backbone
 from .proxy_hand import posture, proxy_hand, sample_poses, sample_shapes
@@ -607,7 +607,7 @@ def find_in_right(left: UInt8[np.ndarray, "H W 3"], right: UInt8[np.ndarray, "H 
     return box - torch.tensor([shift, 0, shift, 0])
 
 # %% ../nbs/22_binocular.ipynb #973d0130
-__getattr__ = moved(__name__, {
+__getattr__ = moved_names(__name__, {
     "CLAIMS": "handrecon.binocular_report.CLAIMS",
     "score": "handrecon.binocular_report.score",
     "joint_errors": "handrecon.binocular_report.joint_errors",

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .conventions import nearest
-from .kernels import moved
+from .kernels import moved as moved_names
 
 # %% ../nbs/19_claims.ipynb #b60f6d6e
 Number = float | int
@@ -244,7 +244,7 @@ def command(claim: Claim, run: Run, seed: int) -> str:
     return f"handrecon reproduce {claim.system} --profile {run.profile}{dataset}{changes} --seed {seed}"
 
 # %% ../nbs/19_claims.ipynb #c2c4634f
-__getattr__ = moved(__name__, {
+__getattr__ = moved_names(__name__, {
     "expected_config": "handrecon.ledger.expected_config",
     "read_record": "handrecon.ledger.read_record",
     "record_path": "handrecon.ledger.record_path",

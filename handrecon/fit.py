@@ -37,7 +37,7 @@ class FitConfig:
     w_theta: float = 0.0005   # pull towards plausible poses, per squared standard deviation: what the picture does not say
     w_beta: float = 0.002     # pull towards the mean shape, per squared standard deviation
     w_touch: float = 100.0    # fingers inside one another, per square metre
-    w_network: float = 0.05   # pull towards the pose that a network answered, per squared standard deviation; only `agree` has it
+    w_network: float = 0.05   # pull towards the pose that a network answered, per squared standard deviation; only `correct_by_own_joints` has it
     w_geo: float = 0.001      # E_loc of S²HAND (Eq. 3), and with it ...
     w_ori: float = 100.0      # ... the directions of the bones (Eq. 4)
     reference_size: int = 224 # pixel distances are measured in a picture in which the hand's box has this side

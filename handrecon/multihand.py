@@ -27,7 +27,7 @@ from .centermap import (
     CENTER_BIAS, Peaks, cell_centers, cells_of, decode, draw_gaussians, draw_targets, focal_loss, gather_patches, hand_centers, local_soft_argmax, ray_rotation)
 from .datasets import HandData, open_data
 from .harmonics import shade_harmonics
-from .kernels import moved
+from .kernels import moved as moved_names
 from .losses import bone_directions, joint_limit_loss
 from .mano import HandModel, mirror_rotation
 from .networks import MEAN_SKIN, make_backbone
@@ -782,7 +782,7 @@ def draw_hands(
     return overlay(picture, torch.cat([v for _, v in hands]), wound, K, color=colour, opacity=opacity)
 
 # %% ../nbs/23_multihand.ipynb #adbaaa75
-__getattr__ = moved(__name__, {
+__getattr__ = moved_names(__name__, {
     "CLAIMS": "handrecon.multihand_report.CLAIMS",
     "average_precision": "handrecon.multihand_report.average_precision",
     "score": "handrecon.multihand_report.score",

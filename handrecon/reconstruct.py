@@ -30,7 +30,7 @@ from .binocular import MeshRegressor, find_in_right, fit_hand, joints_of, load a
 from .camera import project
 from .fit import axis_angle_hand, FitConfig
 from .hands import Finder, Hand3D, reconstruct_hands
-from .kernels import moved
+from .kernels import moved as moved_names
 from .mano import HandModel
 from .multihand import load as load_multihand
 from .proxy_hand import proxy_hand
@@ -497,7 +497,7 @@ def system_of(path: Path) -> str:
     except ValueError: return ""
 
 # %% ../nbs/43_reconstruct.ipynb #d0577ddb
-__getattr__ = moved(__name__, {
+__getattr__ = moved_names(__name__, {
     "PICTURE_ENDINGS": "handrecon.sources.PICTURE_ENDINGS",
     "VIDEO_ENDINGS": "handrecon.sources.VIDEO_ENDINGS",
     "SMALLEST_SIDE": "handrecon.sources.SMALLEST_SIDE",

@@ -29,7 +29,7 @@ from .datasets import HandData, HandSample, mano_mesh, open_data
 from .feeding import Chosen, Crops, pack_rows, with_joints, files_stamp
 from .fit import HandState
 from .keypoint_branch import KeypointBranch, KeypointEstimate, consistency_loss, keypoint_loss, sigma_confidence
-from .kernels import moved
+from .kernels import moved as moved_names
 from .losses import (
     bone_orientation_loss, joint_limit_loss, joint_location_loss, photometric_confidence, pixel_loss, scale_regularizer, shape_regularizer, ssim_loss, texture_regularizer)
 from .mano import HandMesh, HandModel, to_origin, transform_mesh
@@ -603,7 +603,7 @@ def state_of(output: S2HandOutput, hand: HandModel) -> HandState:  # hand: axis-
     return HandState(output.pose, output.code.shape, output.rotation, translation)
 
 # %% ../nbs/20_s2hand.ipynb #4b61c578
-__getattr__ = moved(__name__, {
+__getattr__ = moved_names(__name__, {
     "CLAIMS": "handrecon.s2hand_report.CLAIMS",
     "predict_mean_pose": "handrecon.s2hand_report.predict_mean_pose",
     "score": "handrecon.s2hand_report.score",

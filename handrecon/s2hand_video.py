@@ -21,7 +21,7 @@ from torch import Tensor
 from . import s2hand
 from .camera import move_camera, project
 from .conventions import Observation, Truth
-from .kernels import moved
+from .kernels import moved as moved_names
 from .mano import transform_mesh
 from .networks import Appearance, HandCode
 from .proxy_hand import proxy_hand
@@ -398,7 +398,7 @@ def load(source: str | Path = "s2hand", hand=None, video: VideoConfig | None = N
     return model.eval()
 
 # %% ../nbs/21_s2hand_video.ipynb #505a2ef0
-__getattr__ = moved(__name__, {
+__getattr__ = moved_names(__name__, {
     "CLAIMS": "handrecon.s2hand_video_report.CLAIMS",
     "consistency": "handrecon.s2hand_video_report.consistency",
     "score": "handrecon.s2hand_video_report.score",

@@ -34,7 +34,7 @@ from .fit import axis_angle_hand, FitConfig, HandState, Term, descend, detection
 from .gltf import Clip, write_animation
 from .hands import (
     Finder, Hand3D, crop_observation, predict_upright, predicted_values, side_flip, stack, upright_roll)
-from .kernels import moved
+from .kernels import moved as moved_names
 from .mano import HandModel, mirror_arrays, mirror_rotation
 from .mano_files import cache_folder
 from .rotation import (
@@ -692,6 +692,6 @@ def solve_found(source: Source, finder: Finder, fit: bool = True, progress: bool
     return result
 
 # %% ../nbs/42_video.ipynb #5a527954
-__getattr__ = moved(__name__, {
+__getattr__ = moved_names(__name__, {
     "Placed": "handrecon.fit.HandState",
     "read_animation": "handrecon.gltf.read_animation"})
