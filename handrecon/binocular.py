@@ -565,9 +565,9 @@ def _fit_start(vertices: Float[Tensor, "B V 3"], hand: HandModel) -> tuple[Tenso
     pose, shape = posture("relaxed").to(vertices).expand(B, 45).clone(), vertices.new_zeros(B, hand.n_shape)
     with torch.no_grad():
         rest = hand(pose, shape)
-        R, wrist = rigid_place(rest.vertices, vertices), rest.joints[:, 0]
-        move = vertices.mean(1) - (R @ (rest.vertices.mean(1) - wrist)[..., None])[..., 0] - wrist
-    return tuple(x.requires_grad_() for x in (pose, shape, matrix_to_rotation_6d(R), move))
+        turn, wrist = matrix_to_rotation_6d(rigid_place(rest.vertices, vertices)), rest.joints[:, 0]
+        move = vertices.mean(1) - (rotation_6d_to_matrix(turn) @ (rest.vertices.mean(1) - wrist)[..., None])[..., 0] - wrist
+    return tuple(x.requires_grad_() for x in (pose, shape, turn, move))
 
 # %% ../nbs/22_binocular.ipynb #72710248
 def fit_hand(vertices: Float[Tensor, "B V 3"], hand: HandModel, steps: int = 150, lr: float = 0.05) -> FittedHand:
