@@ -606,12 +606,18 @@ LAYOUTS["interhand"] = Layout(("train", "val", "test"), _write_interhand, _finis
 YOUTUBE_CAMERA = camera(((700, 0, 320), (0, 700, 180), (0, 0, 1)), 360, 640)
 
 
-def _write_youtube(block: Block) -> dict[str, np.ndarray]:
-    g, view, n = block.generator(), YOUTUBE_CAMERA, block.n
+def _one_or_both_hands(block: Block, view: Camera) -> tuple[list, Tensor, UInt8[np.ndarray, "N H W 3"]]:
+    "A right hand, a left one, both, and so on: who is there, and the pictures."
+    g, n = block.generator(), block.n
     actors = pair_of_hands(n, (-0.06, -0.03, 0.6), (0.06, 0.03, 0.8), 0.2, block, g)
     kind = (torch.arange(n) + block.first) % 3                              # right, left, both
     there = torch.stack([kind != 0, kind != 1], 1)
-    pictures = shoot(actors, there, view, backdrop(actors, view.height, view.width, g), g, block.config.sensor_noise / 2)
+    return actors, there, shoot(actors, there, view, backdrop(actors, view.height, view.width, g), g, block.config.sensor_noise / 2)
+
+
+def _write_youtube(block: Block) -> dict[str, np.ndarray]:
+    view, n = YOUTUBE_CAMERA, block.n
+    actors, there, pictures = _one_or_both_hands(block, view)
     for i in range(n):
         save(block.root / "data" / _youtube_file(block.split, block.first + i), pictures[i])
     return {"vertices": torch.stack([image_aligned(a.mesh.vertices, view) for a in actors], 1).numpy(), "there": there.numpy()}
@@ -646,11 +652,8 @@ COCO_CAMERA = camera(((600, 0, 320), (0, 600, 240), (0, 0, 1)), 480, 640)
 
 
 def _write_coco(block: Block) -> dict[str, np.ndarray]:
-    g, view, n = block.generator(), COCO_CAMERA, block.n
-    actors = pair_of_hands(n, (-0.06, -0.03, 0.6), (0.06, 0.03, 0.8), 0.2, block, g)
-    kind = (torch.arange(n) + block.first) % 3                              # right, left, both
-    there = torch.stack([kind != 0, kind != 1], 1)
-    pictures = shoot(actors, there, view, backdrop(actors, view.height, view.width, g), g, block.config.sensor_noise / 2)
+    view, n = COCO_CAMERA, block.n
+    actors, there, pictures = _one_or_both_hands(block, view)
     for i in range(n): save(block.root / f"{block.split}2017" / _coco_file(block.first + i), pictures[i])
     fragments, points = fragments_of(actors, there, view), []
     for number, a in enumerate(actors):

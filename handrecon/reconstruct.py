@@ -34,7 +34,7 @@ from .kernels import moved as moved_names
 from .mano import HandModel
 from .multihand import load as load_multihand
 from .proxy_hand import proxy_hand
-from .s2hand import S2Hand, load, load as load_s2hand
+from .s2hand import S2Hand, load as load_s2hand
 from .sources import (
     Frame, Hand2D, InputError, Source, find_sources, guess_intrinsics, in_chunks, pair_detections, read_frames, whole_picture)
 from .stereo_pairs import Rig, Views, crop_pair
@@ -456,9 +456,9 @@ def load_network(
         if load_checkpoint(checkpoint).meta["system"] == "s2hand_video":
             from handrecon.s2hand_video import VideoConfig, load as load_video
             return load_video(checkpoint, video=VideoConfig()), Path(checkpoint).name   # an orthographic one places its hands by their size
-        return load(checkpoint), Path(checkpoint).name
+        return load_s2hand(checkpoint), Path(checkpoint).name
     if SHIPPED.is_file():
-        return load(SHIPPED), "s2hand"
+        return load_s2hand(SHIPPED), "s2hand"
     if needed:
         raise InputError("no network came with this installation: give --checkpoint, or --detections to fit without one")
     return None, None
@@ -510,7 +510,7 @@ __getattr__ = moved_names(__name__, {
     "without_doubles": "handrecon.sources.without_doubles",
     "BOX_MARGIN": "handrecon.sources.BOX_MARGIN",
     "crop_observation": "handrecon.hands.crop_observation",
-    "stack": "handrecon.hands.stack",
+    "stack": "handrecon.training.join_batches",
     "upright_roll": "handrecon.hands.upright_roll",
     "look_for_joints": "handrecon.hands.look_for_joints",
     "ask": "handrecon.hands.predict_upright",

@@ -33,9 +33,9 @@ from .files import atomic_path, write_npz
 from .fit import axis_angle_hand, FitConfig, HandState, Term, descend, detection_box, fit_to_detections, joints_only, place, reprojection_error
 from .gltf import Clip, write_animation
 from .hands import (
-    Finder, Hand3D, crop_observation, predict_upright, predicted_values, side_flip, stack, upright_roll)
+    Finder, Hand3D, crop_observation, predict_upright, predicted_values, side_flip, upright_roll)
 from .kernels import moved as moved_names
-from .mano import HandModel, mirror_arrays, mirror_rotation
+from .mano import HandModel, mirror_arrays, mirror_rotation, to_origin, to_wrist
 from .mano_files import cache_folder
 from .rotation import (
     axis_angle_to_matrix, axis_angle_to_quaternion, matrix_to_axis_angle, quaternion_angle, quaternion_to_axis_angle,
@@ -44,6 +44,7 @@ from .s2hand import S2Hand, move_camera
 from .sequences import AVERAGE, average_rotations, continuous_clips, smooth_in_time
 from .sources import BOX_MARGIN, Hand2D, Source, guess_intrinsics, read_frames
 from .temporal import canonical_normals, detour, hand_quaternions, lit_texture, transition
+from .training import join_batches, take_rows
 
 # %% ../nbs/42_video.ipynb #bc6017fc
 class Track(NamedTuple):
@@ -155,7 +156,7 @@ BLOCK = 64  # frames of a piece
 def guess_block(network: S2Hand, pictures: list, K: Float[Tensor, "3 3"], hands: list[tuple[int, int, Hand2D]]) -> dict[str, np.ndarray]:
     "One batch of crops; `hands` are (picture's number, track, hand)."
     size = network.config.image_size
-    seen = stack([crop_observation(pictures[i], K, h, size, True) for i, _, h in hands])
+    seen = join_batches([crop_observation(pictures[i], K, h, size, True) for i, _, h in hands])
     out, appearance = predict_upright(network, seen, rolls([h for _, _, h in hands]))
     code, found = out.code, predicted_values(seen, network.hand, out)
     pixels = torch.tensor([float(h.box[2] - h.box[0]) for _, _, h in hands]) / size
@@ -276,10 +277,9 @@ def mend(keys: HandState, seen: Observation, at: Float[Tensor, "K"], hand: HandM
     odd[1:-1] = (step[1:] > angle) & (step[:-1] > angle)
     odd[0], odd[-1] = step[0] > angle and step[1] < angle, step[-1] > angle and step[-2] < angle
     if not odd.any() or odd.all(): return keys
-    part = lambda x, rows: type(x)(*(getattr(x, f)[rows] for f in (x._fields if hasattr(x, "_fields") else x.__dataclass_fields__)))
-    again = descend(part(seen, odd), hand, interpolate(part(keys, ~odd), at[~odd], at[odd]), fit, fit.steps // 2, shape="kept", last=0.05)
+    again = descend(take_rows(seen, odd), hand, interpolate(take_rows(keys, ~odd), at[~odd], at[odd]), fit, fit.steps // 2, shape="kept", last=0.05)
     error = lambda x: reprojection_error(project(place(hand, x).joints, seen.K[odd]), seen.keypoints[odd], seen.confidence[odd]) / detection_box(seen.keypoints[odd], seen.confidence[odd])
-    better = (error(again) < 2 * error(part(keys, odd)) + 0.01)
+    better = (error(again) < 2 * error(take_rows(keys, odd)) + 0.01)
     out = [v.clone() for v in keys]
     for v, new in zip(out, again): v[odd.nonzero().flatten()[better]] = new[better]
     return HandState(*out)
@@ -320,28 +320,27 @@ def fit_stretches(
 ) -> HandState:
     "All frames of a track, with one shape, smooth within each stretch."
     hand = joints_only(axis_angle_hand(model))
-    part = lambda rows: Observation(*(getattr(seen, f)[rows] for f in Observation.__dataclass_fields__))
     keys = torch.tensor(sorted({r for a, b in pieces for r in [*range(a, b, smooth.every), b - 1]}))
     found = []
     batches = [keys[first:first + smooth.batch] for first in range(0, len(keys), smooth.batch)]
     def alone(rows: Tensor) -> dict[str, np.ndarray]:
-        init = None if inits is None else HandState(*(v[rows] for v in inits))
-        return _alone(part(rows), model, init, fit)
+        init = None if inits is None else take_rows(inits, rows)
+        return _alone(take_rows(seen, rows), model, init, fit)
     works = [partial(keep, f"{name}-keys-{smooth.batch * i:06d}", partial(alone, rows)) for i, rows in enumerate(batches)]
     for rows, made in zip(batches, side_by_side(works)):
         found.append(HandState(*(torch.from_numpy(made[f]) for f in HandState._fields)))
         if progress: progress(0.6 * len(rows) / len(keys))
     key = HandState(*(torch.cat(v) for v in zip(*found)))
     pick = torch.linspace(0, len(keys) - 1, min(48, len(keys))).round().long().unique()
-    shape = torch.from_numpy(keep(f"{name}-shape", lambda: {"shape": descend(part(keys[pick]), hand, HandState(*(v[pick] for v in key)), fit, fit.steps, shape="one", last=0.05).shape[:1].numpy()})["shape"])
+    shape = torch.from_numpy(keep(f"{name}-shape", lambda: {"shape": descend(take_rows(seen, keys[pick]), hand, take_rows(key, pick), fit, fit.steps, shape="one", last=0.05).shape[:1].numpy()})["shape"])
     key = key._replace(shape=shape.expand(len(keys), -1))
     def together(rows: slice, begin: HandState) -> dict[str, np.ndarray]:
-        return {field: v.numpy() for field, v in descend(part(rows), hand, begin, fit, smooth.steps, smooth_terms(smooth) if len(begin.pose) > 2 else (), "kept", smooth.lr, 0.05)._asdict().items()}
+        return {field: v.numpy() for field, v in descend(take_rows(seen, rows), hand, begin, fit, smooth.steps, smooth_terms(smooth) if len(begin.pose) > 2 else (), "kept", smooth.lr, 0.05)._asdict().items()}
     out = HandState(torch.zeros(len(seen.K), 45), shape.expand(len(seen.K), -1).clone(), torch.eye(3).repeat(len(seen.K), 1, 1), torch.zeros(len(seen.K), 3))
     windows, works = [], []
     for a, b in pieces:
         mine = (keys >= a) & (keys < b)
-        own = mend(HandState(*(v[mine] for v in key)), part(keys[mine]), keys[mine].float(), hand, fit)
+        own = mend(take_rows(key, mine), take_rows(seen, keys[mine]), keys[mine].float(), hand, fit)
         start = interpolate(own, keys[mine].float(), torch.arange(a, b).float())
         for first, last in windows_of(a, b, smooth):
             begin = HandState(*(v[first - a:last - a] for v in start))
@@ -353,22 +352,12 @@ def fit_stretches(
     return out
 
 # %% ../nbs/42_video.ipynb #bdc434c3
-def _about_origin(translation: Float[Tensor, "T 3"], R: Float[Tensor, "T 3 3"], wrist: Float[Tensor, "T 3"]) -> Float[Tensor, "T 3"]:
-    "The translation after a rotation about the origin, of a hand turned about its wrist: R x + t' = R (x − w) + w + t."
-    return translation + wrist - (R @ wrist[..., None])[..., 0]
-
-
-def _about_wrist(translation: Float[Tensor, "T 3"], R: Float[Tensor, "T 3 3"], wrist: Float[Tensor, "T 3"]) -> Float[Tensor, "T 3"]:
-    "The way back."
-    return translation + (R @ wrist[..., None])[..., 0] - wrist
-
-
 def _alone(seen: Observation, model: HandModel, init: HandState | None, fit: FitConfig) -> dict[str, np.ndarray]:
     "Key frames one by one, with many starts."
     found = fit_to_detections(seen, model, init, fit)
     R = axis_angle_to_matrix(found.rotation)
     wrist = joints_only(axis_angle_hand(model))(found.pose, found.shape).joints[:, 0]
-    translation = _about_origin(found.translation, R, wrist)
+    translation = to_origin(found.translation + wrist, R, wrist)
     return {"pose": found.pose.numpy(), "shape": found.shape.numpy(), "rotation": R.numpy(), "translation": translation.numpy()}
 
 
@@ -406,12 +395,12 @@ def track_films(source: Source, hands: list[list[Hand2D]], tracks: list[Track], 
     parts, clips = [], []
     for own in crops.values():
         frames = torch.tensor([f for f, _ in own])
-        seen = stack([o for _, o in own])
+        seen = join_batches([o for _, o in own])
         full = [hands[f][places[n, f]] for n, x in crops.items() if x is own for f, _ in own]
         xy, confidence = torch.stack([h.xy for h in full]), torch.stack([h.confidence for h in full])
         clips += [(a + sum(len(p.K) for p in parts), b + sum(len(p.K) for p in parts)) for a, b in continuous_clips(xy, confidence, frames)]
         parts.append(seen)
-    return Films(stack(parts), clips)
+    return Films(join_batches(parts), clips)
 
 # %% ../nbs/42_video.ipynb #7c78e5a2
 class Adaptation(NamedTuple):
@@ -515,17 +504,17 @@ def _fit_tracks(found: Hands, hands, tracks, model: HandModel, K, fit: FitConfig
     for n, track in enumerate(tracks):
         rows = np.flatnonzero(found.track == n)
         own = [hands[f][k] for f, k in zip(track.frames, track.places)]
-        seen = stack([crop_observation(None, K, h, size, False) for h in own])
+        seen = join_batches([crop_observation(None, K, h, size, False) for h in own])
         inits = None
         if not np.isnan(found.values["pose"][rows]).any():
             v = {k: torch.from_numpy(found.values[k][rows]) for k in ("pose", "shape", "rotation", "translation", "scale")}
             R, wrist = axis_angle_to_matrix(v["rotation"]), skeleton(torch.zeros_like(v["pose"]), v["shape"]).joints[:, 0]
-            inits = HandState(v["pose"], v["shape"], R, _about_origin(v["translation"] / v["scale"], R, wrist))
+            inits = HandState(v["pose"], v["shape"], R, to_origin(v["translation"] / v["scale"] + wrist, R, wrist))
         share = len(own) / max(1, len(found.frame))
         x = fit_stretches(seen, stretches(track.frames), model, inits, fit, smooth, keep, f"track{n}", (lambda s: progress(s * share)) if progress else None)
         wrist = skeleton(torch.zeros_like(x.pose), x.shape).joints[:, 0]
         values["pose"][rows], values["shape"][rows], values["rotation"][rows] = x.pose.numpy(), x.shape.numpy(), matrix_to_axis_angle(x.rotation).numpy()
-        values["translation"][rows] = _about_wrist(x.translation, x.rotation, wrist).numpy()
+        values["translation"][rows] = to_wrist(x.translation, x.rotation, wrist).numpy()
         values["scale"][rows] = 1.0
         pixels = torch.tensor([float(h.box[2] - h.box[0]) / size for h in own])
         error = reprojection_error(project(place(skeleton, x).joints, seen.K), seen.keypoints, seen.confidence) * pixels
